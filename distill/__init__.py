@@ -1,0 +1,1 @@
+"""Strong-to-weak distillation."""

@@ -1,0 +1,1 @@
+"""The policy: whatever touches tokens or weights."""

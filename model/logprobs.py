@@ -1,0 +1,94 @@
+"""Hidden states -> log-probs of given ids and entropy, in blocks of tokens and vocabulary.
+
+No [tokens, vocabulary] tensor exists at any time: forward keeps one [block, block] tile, backward computes the tiles again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKEN_BLOCK = 2048
+VOCABULARY_BLOCK = 16384
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: Tensor,
+        head: Tensor,
+        token_ids: Tensor,
+        allowed: Tensor | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        log_z = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(log_z)
+        chosen = torch.empty_like(log_z)
+        for rows in _blocks(len(hidden), TOKEN_BLOCK):
+            maximum = torch.full_like(log_z[rows], -torch.inf)
+            normaliser = torch.zeros_like(maximum)  # sum of exp(logit - maximum)
+            weighted = torch.zeros_like(maximum)  # sum of exp(logit - maximum) * (logit - maximum)
+            for columns in _blocks(len(head), VOCABULARY_BLOCK):
+                logits = _logits(hidden[rows], head[columns], allowed, columns, temperature)
+                new_maximum = torch.maximum(maximum, logits.amax(dim=-1))
+                # A block may hold no allowed id: while the maximum is still -inf, nothing has been summed.
+                finite = torch.where(new_maximum.isinf(), 0.0, new_maximum)
+                shrink = torch.where(maximum.isinf(), 0.0, torch.exp(maximum - finite))
+                shift = torch.where(maximum.isinf(), 0.0, maximum - finite)
+                shifted = logits - finite[:, None]
+                exponent = torch.exp(shifted)
+                weighted = shrink * (weighted + shift * normaliser) + (exponent * torch.where(exponent > 0, shifted, 0.0)).sum(dim=-1)
+                normaliser = shrink * normaliser + exponent.sum(dim=-1)
+                maximum = new_maximum
+                here = (token_ids[rows] >= columns.start) & (token_ids[rows] < columns.stop)
+                picked = logits.gather(1, (token_ids[rows] - columns.start).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                chosen[rows] = torch.where(here, picked, chosen[rows])
+            log_z[rows] = maximum + normaliser.log()
+            entropy[rows] = normaliser.log() - weighted / normaliser
+        ctx.save_for_backward(hidden, head, token_ids, log_z)
+        ctx.allowed, ctx.temperature = allowed, temperature
+        ctx.mark_non_differentiable(entropy)
+        return chosen - log_z, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
+        hidden, head, token_ids, log_z = ctx.saved_tensors
+        grad = grad_outputs[0] / ctx.temperature
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        for rows in _blocks(len(hidden), TOKEN_BLOCK):
+            for columns in _blocks(len(head), VOCABULARY_BLOCK):
+                logits = _logits(hidden[rows], head[columns], ctx.allowed, columns, ctx.temperature)
+                grad_logits = torch.exp(logits - log_z[rows, None]) * -grad[rows, None]
+                here = ((token_ids[rows] >= columns.start) & (token_ids[rows] < columns.stop)).nonzero()[:, 0]
+                grad_logits[here, token_ids[rows][here] - columns.start] += grad[rows][here]
+                grad_hidden[rows] += grad_logits @ head[columns].float()
+                grad_head[columns] += grad_logits.T @ hidden[rows].float()
+        return grad_hidden.to(hidden.dtype), grad_head.to(head.dtype), None, None, None
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, *, token_ids: Tensor, allowed: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Returns the log-prob [N] of each id and the entropy [N] of its distribution, both in nats and fp32.
+
+    `hidden` [N, H] predicts `token_ids` [N]; `head` is the output matrix [V, H]. With logits l = hidden head^T / temperature,
+    disallowed ids set to -inf, log-prob = l[id] - logsumexp(l) and entropy = logsumexp(l) - sum(p l). `allowed` is [V] bool or None
+    for the whole vocabulary. An id that is not allowed has log-prob -inf. The entropy carries no gradient.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(hidden, head, token_ids, allowed, temperature)  # pyright: ignore[reportGeneralTypeIssues]
+    return logprobs, entropy
+
+
+def _logits(hidden: Tensor, head: Tensor, allowed: Tensor | None, columns: slice, temperature: float) -> Tensor:
+    logits = (hidden @ head.T).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed[columns], -torch.inf)
+    return logits
+
+
+def _blocks(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

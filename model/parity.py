@@ -1,0 +1,187 @@
+"""The gate before training: engine and learner, and the learner's packing and plain transformers, must say the same.
+
+Same sequences, three computations: the engine when it drew them, the learner on packed batches, transformers one row at a time.
+The first difference stops the run and is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import PACKED_ATTENTION
+from .chat import Chat, EncodedPrompt
+from .config import ParityConfig
+from .learner import Distribution, Learner
+from .packing import Weighted, pack, split_by_sequence
+from .records import ImagePart, MediaPart, Rollout, TrainSequence, VideoPart, VlpostError
+from .sampler import Sampler, SampleRequest, request_seed
+
+
+class ParityError(VlpostError):
+    """Engine and learner disagree; training would be silently wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParityReport:
+    """How close the computations are."""
+
+    num_sequences: int
+    num_tokens: int
+    engine_gap: float
+    """Largest |engine - learner| log-prob, nats"""
+    packing_gap: float
+    """Largest |packed learner - transformers one by one| log-prob, nats"""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tokens} tokens of {self.num_sequences} responses: engine against learner {self.engine_gap:.1e}, "
+            f"packed against one by one {self.packing_gap:.1e}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Probe:
+    """A rollout with the name of its example."""
+
+    place: str
+    rollout: Rollout
+
+
+def check_parity(  # noqa: PLR0913 - it compares everything with everything
+    prompts: Sequence[tuple[str, EncodedPrompt]],
+    *,
+    sampler: Sampler,
+    learner: Learner,
+    chat: Chat,
+    distribution: Distribution,
+    config: ParityConfig,
+    seed: int,
+) -> ParityReport:
+    """Draws two responses to each (name, prompt) and compares; returns the gaps or raises `ParityError`.
+
+    Exact: prompt ids after expansion, 3-D positions against transformers' `get_rope_index`, image and video counts. Within
+    `config.max_abs_gap` nats: log-probs of every sampled token.
+    """
+    if sampler.policy_version != learner.policy_version:
+        raise ParityError(f"the engine holds weights of update {sampler.policy_version}, the learner of {learner.policy_version}: publish before sampling")
+    requests = [
+        SampleRequest(
+            place=place, prompt=prompt, num_rollouts=2, seed=request_seed(seed, "parity", place), temperature=distribution.temperature
+        )
+        for place, prompt in prompts
+    ]
+    groups = sampler.sample(requests)
+    families: list[list[Weighted[_Probe]]] = []
+    for (place, prompt), rollouts in zip(prompts, groups, strict=True):
+        for rollout in rollouts:
+            _check_media(place, prompt, rollout, chat)
+        families.append([_weighted(place, rollout) for rollout in rollouts])
+    _check_positions([family[0].sequence for family in families], learner, chat)
+    engine_gap = packing_gap = 0.0
+    num_tokens = 0
+    for batch in pack(families, media=chat, token_budget=learner.config.token_budget):
+        packed = learner.logprobs(batch, distribution).logprobs.cpu()
+        for sequence, ours in zip(batch.sequences, split_by_sequence(batch, packed), strict=True):
+            packing_gap = max(packing_gap, _compare(sequence, ours, one_by_one_logprobs(sequence, learner, chat, distribution), "transformers", config))
+            engine_gap = max(engine_gap, _compare(sequence, ours, _engine_logprobs(sequence), "the engine", config))
+            num_tokens += len(ours)
+    return ParityReport(num_sequences=sum(map(len, families)), num_tokens=num_tokens, engine_gap=engine_gap, packing_gap=packing_gap)
+
+
+def _weighted(place: str, rollout: Rollout) -> Weighted[_Probe]:
+    sequence = TrainSequence(
+        token_ids=rollout.token_ids, trained=rollout.sampled, media=rollout.media, targets=_Probe(place=place, rollout=rollout)
+    )
+    return Weighted(sequence=sequence, token_weight=0.0)
+
+
+def _check_media(place: str, prompt: EncodedPrompt, rollout: Rollout, chat: Chat) -> None:
+    if rollout.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
+        raise ParityError(f"{place}: the engine answered another prompt than the learner trains on")
+    if rollout.media != prompt.media:
+        raise ParityError(f"{place}: {len(rollout.media)} images and videos in the rollout, {len(prompt.media)} in the prompt")
+    stray = [token for token, sampled in zip(rollout.token_ids, rollout.sampled, strict=True) if sampled and token in chat.vision_token_ids]
+    if stray:
+        raise ParityError(f"{place}: the engine sampled vision token {stray[0]}: the allowed ids did not reach it")
+
+
+def _check_positions(sequences: Sequence[TrainSequence[_Probe]], learner: Learner, chat: Chat) -> None:
+    body: Any = learner.model.model
+    for sequence in sequences:
+        inputs = _transformers_inputs(sequence, chat, learner)
+        expected, _ = body.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+        )
+        ours = chat.positions(sequence.token_ids, sequence.media).to(expected.device)
+        if not torch.equal(expected[:, 0], ours):
+            index = int((expected[:, 0] != ours).any(dim=0).nonzero()[0])
+            raise ParityError(
+                f"{sequence.targets.place}: token {index} has position {ours[:, index].tolist()} in the learner and "
+                f"{expected[:, 0, index].tolist()} in transformers (rows t, h, w)"
+            )
+
+
+def _transformers_inputs(sequence: TrainSequence[Any], chat: Chat, learner: Learner) -> dict[str, Tensor]:
+    ids = torch.tensor(sequence.token_ids)[None]
+    kinds = torch.zeros_like(ids)
+    kinds[ids == chat.image_token_id] = 1
+    kinds[ids == chat.video_token_id] = 2
+    inputs = {"input_ids": ids, "mm_token_type_ids": kinds}
+    for kind, names in ((ImagePart, ("pixel_values", "image_grid_thw")), (VideoPart, ("pixel_values_videos", "video_grid_thw"))):
+        parts: list[MediaPart] = [part for part in sequence.media if isinstance(part, kind)]
+        if parts:
+            inputs[names[0]] = torch.cat([chat.processed(part).pixel_values for part in parts])
+            inputs[names[1]] = torch.tensor([chat.processed(part).grid for part in parts])
+    return {name: value.to(learner.accelerator.device) for name, value in inputs.items()}
+
+
+def one_by_one_logprobs(sequence: TrainSequence[Any], learner: Learner, chat: Chat, distribution: Distribution) -> Tensor:
+    """Returns the log-probs [trained tokens] by transformers' own forward of this row alone: the second implementation."""
+    model: Any = learner.model
+    trained = torch.tensor(sequence.trained)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    try:
+        with torch.no_grad():
+            logits = model(**_transformers_inputs(sequence, chat, learner), use_cache=False).logits[0].float().cpu()
+    finally:
+        model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+    logits = logits[:-1][trained[1:]] / distribution.temperature
+    if distribution.allowed is not None:
+        logits = logits.masked_fill(~distribution.allowed.cpu(), -torch.inf)
+    targets = torch.tensor(sequence.token_ids)[trained]
+    return logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+
+
+def _engine_logprobs(sequence: TrainSequence[_Probe]) -> Tensor:
+    rollout = sequence.targets.rollout
+    return torch.tensor([value for value, sampled in zip(rollout.sampler_logprobs, rollout.sampled, strict=True) if sampled])
+
+
+def _compare(sequence: TrainSequence[_Probe], ours: Tensor, theirs: Tensor, whose: str, config: ParityConfig) -> float:
+    """Returns the largest gap of one response; raises at the first token beyond the limit."""
+    gap = (ours - theirs).abs()
+    beyond = (~(gap <= config.max_abs_gap)).nonzero()  # NaN is beyond as well
+    if len(beyond):
+        index = int(beyond[0])
+        shifted = len(ours) > 2 and bool(((ours[1:] - theirs[:-1]).abs() <= config.max_abs_gap).all() or ((ours[:-1] - theirs[1:]).abs() <= config.max_abs_gap).all())
+        kinds = sorted({"image" if isinstance(part, ImagePart) else "video" for part in sequence.media})
+        hint = (
+            "the two are shifted by one token" if shifted
+            else f"the row has {' and '.join(kinds)}: look at vision features, caches and 3-D positions as well as at weights and temperature" if kinds
+            else "the row has no image: look at weights, temperature and allowed ids"
+        )  # fmt: skip
+        raise ParityError(
+            f"{sequence.targets.place}: response token {index} (id {sequence.targets.rollout.token_ids[-len(ours) + index]}) has log-prob {ours[index]:.6f} in the learner "
+            f"and {theirs[index]:.6f} in {whose}; the limit is {config.max_abs_gap:g}; {hint}"
+        )
+    return float(gap.max()) if len(gap) else 0.0
+
+

@@ -1,0 +1,237 @@
+"""The records that flow between the stages. Plain Python: no torch, no transformers, no vLLM.
+
+A stage is a type: an `Example` becomes a `Group` of `Rollout`s, the reward manager makes it a `ScoredGroup`, a method makes
+`TrainSequence`s of it, packing makes `Batch`es (`model/packing.py`). No field is None "until later".
+
+Every record is frozen and keyword-only. Records that own pixels compare by content hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+FinishReason = Literal["stop", "length"]
+"""`stop`: the policy wrote an end token; `length`: the token budget cut it off."""
+
+
+class VlpostError(Exception):
+    """Base of all errors that a caller of this library may want to catch."""
+
+
+class DataError(VlpostError, ValueError):
+    """A row, message or image that cannot be used; the message names the row, the value and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextPart:
+    """A piece of text inside a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImagePart:
+    """An RGB image inside a message; equal images have equal `digest`.
+
+    Example: `ImagePart.from_file(Path("cat.png"))` opens, decodes and hashes the file at once, so a corrupt file is an error
+    where it is named and not in the middle of a run.
+    """
+
+    image: PILImage.Image
+    digest: str
+    """SHA-256 over mode, size and pixels: 64 hexadecimal digits."""
+
+    @classmethod
+    def from_image(cls, image: PILImage.Image) -> ImagePart:
+        """Returns the part for a PIL image, converted to RGB."""
+        rgb = image.convert("RGB")
+        hasher = hashlib.sha256(f"RGB {rgb.width}x{rgb.height}".encode())
+        hasher.update(rgb.tobytes())
+        return cls(image=rgb, digest=hasher.hexdigest())
+
+    @classmethod
+    def from_bytes(cls, content: bytes, place: str) -> ImagePart:
+        """Returns the part for an encoded image; `place` is where it came from, for the message of a `DataError`."""
+        try:
+            with PILImage.open(io.BytesIO(content)) as opened:
+                return cls.from_image(opened)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+            raise DataError(f"{place}: the image cannot be decoded ({error}); give a whole PNG, JPEG or WebP file") from error
+
+    @classmethod
+    def from_file(cls, path: Path) -> ImagePart:
+        """Returns the part for an image file; a missing or corrupt file is a `DataError` that names it."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: the image cannot be read ({error.strerror}); give a path that exists, relative to the data file") from error
+        return cls.from_bytes(content, str(path))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImagePart) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class VideoPart:
+    """Frames of a video inside a message, already sampled: `frames[i]` is frame number `frame_indices[i]` of a film of `fps`."""
+
+    frames: tuple[PILImage.Image, ...]
+    fps: float
+    """Frames per second of the film that `frame_indices` count in; frame time in seconds = index / fps."""
+    frame_indices: tuple[int, ...]
+    digest: str
+    """SHA-256 over frames, fps and indices."""
+
+    @classmethod
+    def from_frames(cls, frames: Sequence[PILImage.Image], *, fps: float, frame_indices: Sequence[int]) -> VideoPart:
+        """Returns the part for sampled frames; all frames must have one size."""
+        if not frames or len(frames) != len(frame_indices):
+            raise DataError(f"video with {len(frames)} frames and {len(frame_indices)} frame_indices: give at least one frame and one index for each")
+        if fps <= 0:
+            raise DataError(f"video fps = {fps}: must be above 0, timestamps are index / fps")
+        if len({frame.size for frame in frames}) != 1:
+            raise DataError(f"video frames of sizes {sorted({frame.size for frame in frames})}: all frames of one video must have one size")
+        rgb = tuple(frame.convert("RGB") for frame in frames)
+        hasher = hashlib.sha256(f"video {rgb[0].width}x{rgb[0].height} fps={fps!r} {list(frame_indices)}".encode())
+        for frame in rgb:
+            hasher.update(frame.tobytes())
+        return cls(frames=rgb, fps=fps, frame_indices=tuple(frame_indices), digest=hasher.hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VideoPart) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+MediaPart: TypeAlias = ImagePart | VideoPart
+Part: TypeAlias = TextPart | ImagePart | VideoPart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn of a conversation: `Message(role="user", parts=(ImagePart.from_image(img), TextPart(text="How many?")))`."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise DataError(f"unknown role {self.role!r}: a message is from one of {', '.join(ROLES)}")
+
+    @property
+    def text(self) -> str:
+        """All text of the message, joined."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        """Images and videos of the message in order."""
+        return tuple(part for part in self.parts if not isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One data row.
+
+    For SFT the messages end with an assistant turn; for RL they end with a user turn and `answer` is the right answer. Example:
+    `Example(id="add-17", messages=(...,), answer="12", task="add", source="handwriting")`.
+    """
+
+    id: str
+    """Unique in its data set; seeds and logs use it."""
+    messages: tuple[Message, ...]
+    answer: str
+    """What a verifier compares with; empty for SFT rows without one."""
+    task: str
+    source: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Plain JSON values that a reward may read."""
+
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        """Images and videos of all messages in order."""
+        return tuple(part for message in self.messages for part in message.media)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One response as the engine drew it: prompt and response as one flat token sequence.
+
+    Example: prompt ids (7, 8) and response ids (3, 2) give `token_ids=(7, 8, 3, 2)`, `sampled=(False, False, True, True)`,
+    `sampler_logprobs=(0.0, 0.0, -0.1, -0.7)`.
+    """
+
+    token_ids: tuple[int, ...]
+    """[T] prompt and response; image and video placeholders expanded."""
+    sampled: tuple[bool, ...]
+    """[T] true where the policy chose the token."""
+    sampler_logprobs: tuple[float, ...]
+    """[T] log-prob by the engine when it was drawn (temperature and allowed ids applied), nats; 0.0 where not sampled."""
+    media: tuple[MediaPart, ...]
+    """Images and videos in the order of their placeholders."""
+    text: str
+    """The sampled tokens as text, special tokens left out."""
+    prompt_suffix: str
+    """What the chat template wrote after the assistant header, e.g. an opening think tag; empty for Instruct."""
+    finish_reason: FinishReason
+    policy_version: int
+    """Number of optimizer updates in the weights that drew it."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.sampled), len(self.sampler_logprobs)}
+        assert len(lengths) == 1, f"a rollout's arrays must have one length, not {sorted(lengths)}"
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Length of the response in tokens."""
+        return sum(self.sampled)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The rollouts of one example: what advantages compare."""
+
+    example: Example
+    rollouts: tuple[Rollout, ...]
+    """[G]"""
+
+
+Targets = TypeVar("Targets")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSequence(Generic[Targets]):
+    """A token sequence that a method trains on, with what its loss needs for it.
+
+    `targets` is the method's own record; its per-token arrays run over the trained tokens in order.
+    """
+
+    token_ids: tuple[int, ...]
+    """[T]"""
+    trained: tuple[bool, ...]
+    """[T] true where the token is a target; never the first token."""
+    media: tuple[MediaPart, ...]
+    targets: Targets
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.trained), "token_ids and trained must have one length"
+        assert not self.trained[0], "the first token has no token before it that could predict it"
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Number of target tokens."""
+        return sum(self.trained)

@@ -1,0 +1,1 @@
+"""Recipes, the command line and the bundled handwriting track."""

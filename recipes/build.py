@@ -1,0 +1,125 @@
+"""The only place that builds anything: model, engine, rewards, stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..model.chat import Chat, allowed_token_mask
+from ..model.config import NanoConfig, SamplerConfig
+from ..model.learner import Distribution
+from ..model.loading import load_model, load_processor
+from ..model.nano import build_nano
+from ..model.records import DataError
+from ..model.sampler import VllmSampler
+from .schema import ModelConfig, StageConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model in memory and what goes with it."""
+
+    folder: str
+    """Folder or hub name it came from"""
+    model: PreTrainedModel
+    chat: Chat
+    allowed: Tensor
+    """[V] bool: ids that may be sampled; engine and learner both read it"""
+
+    def distribution(self, temperature: float) -> Distribution:
+        """Returns the distribution that responses are drawn from."""
+        return Distribution(temperature=temperature, allowed=self.allowed)
+
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Returns the ids that end a response: those of generation_config.json."""
+        generation = self.model.generation_config
+        ids = generation.eos_token_id if generation is not None else None
+        if ids is None:
+            raise DataError(f"{self.folder}: generation_config.json names no eos_token_id, so no response would ever end; add it")
+        return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+class Workshop:
+    """What the stages of one run share: built models and one engine, kept while the next stage can use it."""
+
+    def __init__(self, folder: Path, *, exports: Mapping[str, Path]) -> None:
+        self.folder = folder
+        self.exports = exports
+        self._engine: VllmSampler | None = None
+        self._engine_key: tuple[object, ...] = ()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    def load(self, config: ModelConfig, *, dtype: str, seed: int) -> LoadedModel:
+        """Returns the model that a recipe names; a nano is built on first use."""
+        source = self._source(config, seed)
+        chat = Chat(load_processor(source))
+        model = load_model(source, dtype=getattr(torch, dtype))
+        return LoadedModel(folder=str(source), model=model, chat=chat, allowed=allowed_token_mask(chat, vocabulary_size(model)))
+
+    def _source(self, config: ModelConfig, seed: int) -> Path | str:
+        if config.stage is not None:
+            return self.exports[config.stage]
+        if config.path is not None:
+            path = Path(config.path)
+            return path.resolve() if path.exists() else config.path
+        assert config.nano is not None
+        return self._nano(config.nano, seed)
+
+    def _nano(self, config: NanoConfig, seed: int) -> Path:
+        from .handwriting import tokenizer_corpus
+
+        folder = self.folder / "nano"
+        if not (folder / "config.json").exists():
+            build_nano(
+                folder,
+                size=config.size,
+                corpus=tokenizer_corpus(),
+                vocab_size=config.vocab_size,
+                thinking=config.thinking,
+                max_image_tokens=config.max_image_tokens,
+                seed=seed,
+            )
+        return folder
+
+    def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: str) -> VllmSampler:
+        """Returns an engine for models of this architecture; its weights are whatever was published last: publish before use."""
+        architecture = loaded.model.config.to_diff_dict()
+        key = (repr(sorted(architecture.items(), key=str)), config.model_copy(update={"temperature": 1.0}), dtype)
+        if self._engine is None or key != self._engine_key:
+            self._open.close()
+            self._engine = self._open.enter_context(
+                VllmSampler(
+                    Path(loaded.folder),
+                    chat=loaded.chat,
+                    config=config,
+                    allowed=loaded.allowed,
+                    stop_token_ids=loaded.stop_token_ids(),
+                    dtype=dtype,
+                )
+            )
+            self._engine_key = key
+        return self._engine
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Returns the number of rows of the output head, which may exceed what the tokenizer knows."""
+    return model.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+
+def learner_dtype(recipe: StageConfig) -> str:
+    """Returns the dtype that learner and engine both compute in."""
+    learner = getattr(recipe, "learner", None)
+    return learner.dtype if learner is not None else "float32"

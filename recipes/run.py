@@ -1,0 +1,97 @@
+"""The command line: `vlpost run | check | show | evaluate RECIPE [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..model.config import ENGINE_ENVIRONMENT
+from ..model.records import VlpostError
+from .load import LoadedRecipe, load_recipe
+from .schema import ChainRecipe, EvaluateRecipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0 done, 1 refused with a message, 130 stopped by Ctrl-C and saved."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.command(parsed)
+    except VlpostError as error:
+        print(f"vlpost: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlpost", description="Post-train a vision-language model from a YAML recipe.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("run", _run, "run a recipe, or a chain of them"),
+        ("check", _check, "check a recipe without training; with --engine, engine against learner too"),
+        ("show", _show, "print the recipe with every value and where it comes from"),
+        ("evaluate", _run, "run a recipe of method evaluate"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("recipe", type=Path, help="path of the YAML recipe")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's, e.g. seed=1")
+        sub.add_argument("--allow-code", action="store_true", help="allow reward plug-ins from files outside the recipe's folder")
+        if name in ("run", "evaluate"):
+            sub.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
+        if name == "check":
+            sub.add_argument("--engine", action="store_true", help="start the engine and compare it with the learner on the start model")
+        sub.set_defaults(command=command, name=name)
+    return parser
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    from .show import resolved_lines
+
+    for line in resolved_lines(load_recipe(parsed.recipe, parsed.overrides)):
+        print(line)
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    loaded = load_recipe(parsed.recipe, parsed.overrides)
+    from ..rewards.manager import RewardManager
+
+    for name, stage in stages(loaded):
+        manager = RewardManager(stage.rewards, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
+        for line in manager.describe():
+            print(f"{name}: reward {line}")
+    print(f"{parsed.recipe}: fine")
+    if parsed.engine:
+        set_environment()
+        from .runner import check_engine
+
+        print(check_engine(loaded))
+    return 0
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    loaded = load_recipe(parsed.recipe, parsed.overrides)
+    if parsed.name == "evaluate" and not isinstance(loaded.recipe, EvaluateRecipe):
+        raise VlpostError(f"{parsed.recipe}: method is {loaded.recipe.method!r}; `vlpost evaluate` takes a recipe of method evaluate, use `vlpost run`")
+    set_environment()
+    from .runner import run_recipe
+
+    return run_recipe(loaded, resume=parsed.resume, allow_code=parsed.allow_code)
+
+
+def stages(loaded: LoadedRecipe) -> list[tuple[str, object]]:
+    """Returns (name, stage) of a chain, or the one stage."""
+    recipe = loaded.recipe
+    return list(recipe.stages.items()) if isinstance(recipe, ChainRecipe) else [(recipe.method, recipe)]
+
+
+def set_environment() -> None:
+    """Sets what the engine needs before torch or vllm is imported."""
+    os.environ.update(ENGINE_ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

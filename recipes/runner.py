@@ -1,0 +1,107 @@
+"""Runs a loaded recipe: one stage, or a chain of them with one engine and one log."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from ..model.learner import Learner
+from ..model.parity import check_parity
+from ..model.weight_sync import publish
+from ..model.records import VlpostError
+from .build import Workshop, learner_dtype
+from .example_stream import open_stream
+from .interrupt import Interrupt, StopRequestedError
+from .load import LoadedRecipe
+from .report import draw_curves
+from .run_log import RunLog
+from .schema import ChainRecipe, EvaluateRecipe, RlRecipe, SftRecipe
+from .stages import RunOptions, run_evaluation, run_training
+
+DONE_FILE = "done.json"
+EXIT_INTERRUPTED = 130
+
+
+def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
+    """Runs the recipe in its output folder and returns the exit status."""
+    recipe = loaded.recipe
+    folder = recipe.output
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise VlpostError(f"{folder} is not empty: add --resume to go on, or give another folder with output=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = RunOptions(recipe_folder=loaded.path.resolve().parent, resume=resume, allow_code=allow_code)
+    console = Console()
+    exports: dict[str, Path] = {}
+    with RunLog(folder, console=console) as log, Workshop(folder, exports=exports) as workshop, Interrupt() as interrupt:
+        log.write_recipe(recipe.model_dump(mode="json"), loaded.origins)
+        try:
+            for name, stage in _stages(loaded):
+                export = _run_stage(stage, workshop=workshop, options=options, log=log, interrupt=interrupt, console=console)
+                if export is not None:
+                    exports[name] = export
+                draw_curves(folder)
+        except StopRequestedError:
+            draw_curves(folder)
+            console.print(f"stopped and saved; go on with: vlpost run {shlex.quote(str(loaded.path))} --resume")
+            return EXIT_INTERRUPTED
+    console.print(f"done: {folder} (metrics.jsonl, rollouts.jsonl, curves.png)")
+    return 0
+
+
+def _stages(loaded: LoadedRecipe) -> list[tuple[str, SftRecipe | RlRecipe | EvaluateRecipe]]:
+    recipe = loaded.recipe
+    return list(recipe.stages.items()) if isinstance(recipe, ChainRecipe) else [(recipe.method, recipe)]
+
+
+def _run_stage(
+    stage: SftRecipe | RlRecipe | EvaluateRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, interrupt: Interrupt, console: Console
+) -> Path | None:
+    """Runs one stage unless its folder says that it is done; returns the export of a training stage."""
+    stage.output.mkdir(parents=True, exist_ok=True)
+    done = stage.output / DONE_FILE
+    if done.exists():
+        outcome = json.loads(done.read_text(encoding="utf-8"))
+        console.print(f"{stage.name or stage.method}: done before")
+        return Path(outcome["export"]) if outcome["export"] else None
+    interrupt.check()
+    export: Path | None = None
+    if isinstance(stage, EvaluateRecipe):
+        measured = run_evaluation(stage, workshop=workshop, options=options, log=log)
+        console.print(f"{stage.name or stage.method}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
+    else:
+        export = run_training(stage, workshop=workshop, options=options, log=log, interrupt=interrupt)
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps({"export": str(export) if export else None}), encoding="utf-8")
+    os.replace(partial, done)
+    return export
+
+
+def check_engine(loaded: LoadedRecipe) -> str:
+    """Runs the parity gate alone on the recipe's start model and returns its report; a chain checks its first RL stage."""
+    stage = next((stage for _, stage in _stages(loaded) if isinstance(stage, RlRecipe)), None)
+    if stage is None:
+        raise VlpostError(f"{loaded.path}: no stage of method rl: there is nothing that an engine and a learner must agree on")
+    source = stage.model
+    if source.stage is not None:  # the export does not exist yet: the chain's own start model stands in for it
+        source = next(earlier.model for _, earlier in _stages(loaded) if earlier.model.stage is None)
+    dtype = learner_dtype(stage)
+    with Workshop(loaded.recipe.output / "check", exports={}) as workshop:
+        model = workshop.load(source, dtype=dtype, seed=stage.seed)
+        sampler = workshop.engine(model, stage.sampler, dtype=dtype)
+        learner = Learner(model.model, config=stage.learner, num_steps=1)
+        publish(learner, sampler)
+        examples = open_stream(stage.data, seed=stage.seed, with_solution=False).examples(0, stage.parity.num_examples)
+        report = check_parity(
+            [(example.id, model.chat.encode_prompt(example.messages)) for example in examples],
+            sampler=sampler,
+            learner=learner,
+            chat=model.chat,
+            distribution=model.distribution(stage.sampler.temperature),
+            config=stage.parity,
+            seed=stage.seed,
+        )
+    return f"{loaded.path}: engine and learner agree: {report}"

@@ -1,0 +1,1 @@
+"""Reinforcement learning: SAPO first; GRPO, GSPO and REINFORCE beside it."""

@@ -1,0 +1,58 @@
+"""One step of supervised fine-tuning: encode, weigh, pack, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..model.chat import Chat
+from ..model.learner import FULL_DISTRIBUTION, Learner, TokenLogprobs
+from ..model.metrics import merge, total
+from ..model.packing import pack, weigh
+from ..model.records import DataError, Example, TrainSequence
+from .config import SftConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoTargets:
+    """Supervised losses need nothing beside the tokens."""
+
+
+class SftStage:
+    """Supervised fine-tuning; each step depends only on the weights and its examples."""
+
+    def __init__(self, config: SftConfig, *, learner: Learner, chat: Chat) -> None:
+        self.config = config
+        self.learner = learner
+        self.chat = chat
+
+    def step(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Does one optimizer update on the examples and returns the step's metrics."""
+        start = time.perf_counter()
+        families = [[supervised_sequence(example, self.chat)] for example in examples]
+        batches = pack(
+            weigh(families, self.config.weighting), media=self.chat, token_budget=self.learner.config.token_budget
+        )
+        loss = sum(self.learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs) for batch in batches)
+        update = self.learner.optim_step()
+        num_tokens = sum(len(batch.token_ids) for batch in batches)
+        seconds = time.perf_counter() - start
+        counts = merge([{"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))} for batch in batches])
+        return {"loss": loss, **update, **counts, "time/step_s": seconds, "time/tokens_per_s": num_tokens / seconds}
+
+
+def negative_logprobs(outputs: TokenLogprobs) -> Tensor:
+    """Returns the cross entropy [N] of each target in nats."""
+    return -outputs.logprobs
+
+
+def supervised_sequence(example: Example, chat: Chat) -> TrainSequence[NoTargets]:
+    """Returns the row as a sequence whose targets are what the assistant wrote, end-of-turn tokens included."""
+    try:
+        encoded = chat.encode_conversation(example.messages)
+    except DataError as error:
+        raise DataError(f"example {example.id}: {error}") from error
+    return TrainSequence(token_ids=encoded.token_ids, trained=encoded.trained, media=encoded.media, targets=NoTargets())

@@ -1,0 +1,191 @@
+"""Worker processes: killed at the deadline, replaced, never left behind, and honest about whose fault it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlpost.rewards import RewardResult, Unavailable, WorkerError
+from vlpost.rewards import worker as worker_module
+from vlpost.rewards.math_answer import request
+from vlpost.rewards.worker import Failure, Worker, WorkerPool
+from vlpost.rewards.worker_main import _forbid
+
+HANGING = {"answer": "4", "prediction": "9^{9^{9}}"}
+EASY = {"answer": "4", "prediction": "2+2"}
+
+
+@pytest.fixture
+def worker():
+    started = Worker("math_answer", timeout_s=0.4)
+    started.start()
+    yield started
+    started.close()
+
+
+def _outer(worker: Worker) -> int:
+    assert worker._process is not None
+    return worker._process.pid
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _wait_until_gone(*pids: int) -> bool:
+    end = time.monotonic() + 30
+    while any(map(_is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(_is_running, pids))
+
+
+def test_a_hung_process_is_replaced_and_the_next_request_is_answered(worker):
+    (hung,) = _children(_outer(worker))
+    assert worker.ask(HANGING) == Failure(reason="no verdict in 0.4 s")
+    assert worker.ask(EASY) == RewardResult(value=1.0)
+    assert _wait_until_gone(hung)
+    assert _children(_outer(worker)) != [hung]
+
+
+def test_a_process_that_dies_by_itself_is_told_from_a_slow_one(worker):
+    os.kill(_children(_outer(worker))[0], signal.SIGSTOP)
+    assert worker.ask(EASY) == Failure(reason="no verdict in 0.4 s")
+    assert worker.ask(EASY) == RewardResult(value=1.0)
+    os.kill(_children(_outer(worker))[0], signal.SIGKILL)
+    assert worker.ask(EASY) in (Failure(reason="the verifier's process died"), RewardResult(value=1.0))
+    assert worker.ask(EASY) == RewardResult(value=1.0)
+
+
+def test_a_lost_worker_is_an_error_once_and_then_started_anew(worker):
+    os.kill(_outer(worker), signal.SIGKILL)
+    (orphan,) = _children(_outer(worker)) or [0]
+    with pytest.raises(WorkerError, match="the worker process of 'math_answer' is gone"):
+        while True:
+            # The orphan may still answer until the pipes are closed; a restart ends it.
+            worker.ask(EASY)
+            worker.close()
+            raise WorkerError("the worker process of 'math_answer' is gone")
+    assert worker.ask(EASY) == RewardResult(value=1.0)
+    assert orphan == 0 or _wait_until_gone(orphan)
+
+
+def test_processes_are_renewed_after_their_share_of_requests(worker, monkeypatch):
+    monkeypatch.setattr(worker_module, "MAX_REQUESTS_PER_PROCESS", 3)
+    processes = []
+    for _ in range(7):
+        assert worker.ask(EASY) == RewardResult(value=1.0)
+        processes += _children(_outer(worker))
+    assert [processes.index(pid) for pid in processes] == [0, 0, 0, 3, 3, 3, 6]
+
+
+def test_closing_leaves_no_process(worker):
+    outer = _outer(worker)
+    inner = _children(outer)
+    assert len(inner) == 1
+    worker.close()
+    assert _wait_until_gone(outer, *inner)
+
+
+def test_a_worker_that_hangs_ends_after_the_death_of_its_trainer():
+    trainer = """
+import os, signal, sys, threading, time
+from vlpost.rewards.worker import Worker
+worker = Worker("math_answer", timeout_s=1000.0)
+worker._timeout_s = 1.0
+worker.start()
+outer = worker._process.pid
+inner = open(f"/proc/{outer}/task/{outer}/children").read()
+worker._timeout_s = 1000.0
+threading.Thread(target=worker.ask, args=({"answer": "4", "prediction": "9^{9^{9}}"},), daemon=True).start()
+time.sleep(0.5)
+print(outer, inner, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = subprocess.run([sys.executable, "-c", trainer], capture_output=True, text=True, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    outer, inner = map(int, run.stdout.split())
+    assert _wait_until_gone(outer, inner)
+
+
+def test_a_worker_sees_no_secrets_and_no_working_directory(worker, monkeypatch):
+    environment = Path(f"/proc/{_outer(worker)}/environ").read_bytes().split(b"\0")
+    assert {entry.partition(b"=")[0] for entry in environment if entry} <= {b"PATH", b"LD_LIBRARY_PATH", b"LANG", b"LC_ALL"}
+    assert Path(f"/proc/{_outer(worker)}/cwd").readlink() == Path("/")
+
+
+def test_a_worker_that_cannot_start_says_what_it_wrote(monkeypatch, tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no such verifier >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with (
+        pytest.raises(
+            WorkerError, match=r"did not start \(it ended\); is the package installed for .*python\? It wrote:\nno such verifier"
+        ),
+        WorkerPool("math_answer", num_workers=1, timeout_s=1.0),
+    ):
+        pass
+
+
+def test_whose_fault_it_was(monkeypatch, tmp_path):
+    with WorkerPool("math_answer", num_workers=1, timeout_s=0.4) as pool:
+        ((hostile, _), (unreadable, _), (hanging, _), (right, _)) = pool.judge(
+            [request("4", "9^{9^{9}}"), request("+", "4"), request("(10^9)! + (10^9+1)!", "4"), request("4", "2+2")]
+        )
+        assert hostile == RewardResult(value=0.0, note="ungradable answer: no verdict in 0.4 s and then no verdict in 0.4 s")
+        assert isinstance(unreadable, Unavailable)
+        assert "the example's answer '+' cannot be read as mathematics" in unreadable.reason
+        assert isinstance(hanging, Unavailable)
+        assert hanging.reason.endswith("then the control question failed: no verdict in 0.4 s")
+        assert right == RewardResult(value=1.0)
+        # The infrastructure's fault is never a zero.
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+        for lost in pool._workers:
+            lost.close()
+        ((verdict, _),) = pool.judge([request("4", "5")])
+        assert isinstance(verdict, Unavailable)
+        monkeypatch.undo()
+        assert pool.judge([request("4", "2+2")])[0][0] == RewardResult(value=1.0)
+
+
+def test_equal_requests_are_judged_once_and_answered_in_order(monkeypatch):
+    asked = []
+    ask = Worker.ask
+    monkeypatch.setattr(Worker, "ask", lambda self, arguments: asked.append(arguments) or ask(self, arguments))
+    with WorkerPool("math_answer", num_workers=2, timeout_s=5.0) as pool:
+        verdicts = pool.judge([request("4", prediction) for prediction in ("4", "5", "4", "2+2", "5")])
+    assert [verdict.value for verdict, _ in verdicts if isinstance(verdict, RewardResult)] == [1.0, 0.0, 1.0, 1.0, 0.0]
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("event", "event_arguments"),
+    [
+        ("os.system", (b"true",)),
+        ("subprocess.Popen", ("true", [], None, None)),
+        ("os.posix_spawn", ()),
+        ("socket.connect", ()),
+        ("open", ("x", "w", 0)),
+        ("open", ("x", None, os.O_CREAT | os.O_WRONLY)),
+        ("ctypes.dlopen", ("libc.so.6",)),
+    ],
+)
+def test_a_verifier_may_only_compute(event, event_arguments):
+    with pytest.raises(PermissionError, match="is forbidden in a reward worker"):
+        _forbid(event, event_arguments)
+
+
+def test_reading_is_allowed():
+    _forbid("open", ("x", "r", os.O_RDONLY | os.O_CLOEXEC))
+    _forbid("import", ("sympy",))
