@@ -83,10 +83,17 @@ def _plan_tree(segments: Sequence[Segment], tree: range, block_tokens: int) -> l
         block_end = min(block_start + block_tokens, end)
         inside = [index for index in tree if segments[index].start < block_end and segments[index].end > block_start]
         seen = sorted(frozenset().union(*(ancestors[index] for index in inside)))
-        ranges = _merge([(segments[i].start, min(segments[i].end, block_start)) for i in seen if segments[i].start < block_start], block_start, block_end)
+        ranges = _merge(
+            [(segments[i].start, min(segments[i].end, block_start)) for i in seen if segments[i].start < block_start],
+            block_start,
+            block_end,
+        )
         blocks.append(
             QueryBlock(
-                start=block_start, end=block_end, key_ranges=ranges, mask=_block_mask(segments, inside, ancestors, block_start, block_end, ranges)
+                start=block_start,
+                end=block_end,
+                key_ranges=ranges,
+                mask=_block_mask(segments, inside, ancestors, block_start, block_end, ranges),
             )
         )
     return blocks

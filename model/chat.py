@@ -194,7 +194,10 @@ class Chat:
         for message in messages:
             for control in self._control_tokens:
                 if control in message.text:
-                    raise DataError(f"a {message.role} message contains the control token {control}: remove it, images and turns are set by parts and roles")
+                    raise DataError(
+                        f"a {message.role} message contains the control token {control}: remove it, "
+                        "images and turns are set by parts and roles"
+                    )
         rendered = [{"role": message.role, "content": [_template_part(part) for part in message.parts]} for message in messages]
         return self.tokenizer.apply_chat_template(
             rendered, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=open_assistant
@@ -252,7 +255,8 @@ def check_fits(num_tokens: int, *, limit: int, place: str) -> None:
     """Raises `PromptTooLongError` when `num_tokens` (images expanded) exceeds `limit`."""
     if num_tokens > limit:
         raise PromptTooLongError(
-            f"{place}: {num_tokens} tokens with images expanded, the context holds {limit}; shorten the row, lower the image size, or raise the limit"
+            f"{place}: {num_tokens} tokens with images expanded, the context holds {limit}; "
+            "shorten the row, lower the image size, or raise the limit"
         )
 
 

@@ -133,7 +133,9 @@ class Learner:
         weighted = (batch.token_weights * loss(outputs)).sum()
         if not torch.isfinite(weighted):
             self.optimizer.zero_grad()
-            raise NonFiniteError(f"the loss of update {self.policy_version + 1} is {weighted.item()}: the step is dropped, weights are unchanged")
+            raise NonFiniteError(
+                f"the loss of update {self.policy_version + 1} is {weighted.item()}: the step is dropped, weights are unchanged"
+            )
         self.accelerator.backward(weighted * self.accelerator.num_processes)
         return weighted.item()
 
@@ -145,7 +147,9 @@ class Learner:
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
-            raise NonFiniteError(f"the gradient norm of update {self.policy_version + 1} is {norm}: the step is dropped, weights are unchanged")
+            raise NonFiniteError(
+                f"the gradient norm of update {self.policy_version + 1} is {norm}: the step is dropped, weights are unchanged"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.policy_version += 1

@@ -34,9 +34,13 @@ def load_processor(source: str | Path) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise DataError(f"{source}: no processor can be loaded ({error}); save it beside the weights: processor.save_pretrained(folder)") from error
+        raise DataError(
+            f"{source}: no processor can be loaded ({error}); save it beside the weights: processor.save_pretrained(folder)"
+        ) from error
     if not isinstance(processor, ProcessorMixin):
-        raise DataError(f"{source}: holds only a tokenizer, no image processor; save the whole processor: processor.save_pretrained(folder)")
+        raise DataError(
+            f"{source}: holds only a tokenizer, no image processor; save the whole processor: processor.save_pretrained(folder)"
+        )
     return processor
 
 

@@ -186,7 +186,8 @@ def _split_family(family: Sequence[Weighted[Targets]], media: MediaSource, token
             nodes = _prefix_tree(keys[start:end])
         if _size(nodes) > token_budget:
             raise ValueError(
-                f"a sequence of {_size(nodes)} tokens exceeds the token budget of {token_budget}: raise learner.token_budget or drop longer rows"
+                f"a sequence of {_size(nodes)} tokens exceeds the token budget of {token_budget}: "
+                "raise learner.token_budget or drop longer rows"
             )
         recomputed = _size([nodes[0]]) if start else 0
         parts.append(_Tree(members=tuple(family[start:end]), nodes=tuple(nodes), recomputed=recomputed))

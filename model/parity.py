@@ -52,7 +52,7 @@ class _Probe:
     rollout: Rollout
 
 
-def check_parity(  # noqa: PLR0913 - it compares everything with everything
+def check_parity(
     prompts: Sequence[tuple[str, EncodedPrompt]],
     *,
     sampler: Sampler,
@@ -68,7 +68,9 @@ def check_parity(  # noqa: PLR0913 - it compares everything with everything
     `config.max_abs_gap` nats: log-probs of every sampled token.
     """
     if sampler.policy_version != learner.policy_version:
-        raise ParityError(f"the engine holds weights of update {sampler.policy_version}, the learner of {learner.policy_version}: publish before sampling")
+        raise ParityError(
+            f"the engine holds weights of update {sampler.policy_version}, the learner of {learner.policy_version}: publish before sampling"
+        )
     requests = [
         SampleRequest(
             place=place, prompt=prompt, num_rollouts=2, seed=request_seed(seed, "parity", place), temperature=distribution.temperature
@@ -87,7 +89,9 @@ def check_parity(  # noqa: PLR0913 - it compares everything with everything
     for batch in pack(families, media=chat, token_budget=learner.config.token_budget):
         packed = learner.logprobs(batch, distribution).logprobs.cpu()
         for sequence, ours in zip(batch.sequences, split_by_sequence(batch, packed), strict=True):
-            packing_gap = max(packing_gap, _compare(sequence, ours, one_by_one_logprobs(sequence, learner, chat, distribution), "transformers", config))
+            packing_gap = max(
+                packing_gap, _compare(sequence, ours, one_by_one_logprobs(sequence, learner, chat, distribution), "transformers", config)
+            )
             engine_gap = max(engine_gap, _compare(sequence, ours, _engine_logprobs(sequence), "the engine", config))
             num_tokens += len(ours)
     return ParityReport(num_sequences=sum(map(len, families)), num_tokens=num_tokens, engine_gap=engine_gap, packing_gap=packing_gap)
@@ -171,17 +175,19 @@ def _compare(sequence: TrainSequence[_Probe], ours: Tensor, theirs: Tensor, whos
     beyond = (~(gap <= config.max_abs_gap)).nonzero()  # NaN is beyond as well
     if len(beyond):
         index = int(beyond[0])
-        shifted = len(ours) > 2 and bool(((ours[1:] - theirs[:-1]).abs() <= config.max_abs_gap).all() or ((ours[:-1] - theirs[1:]).abs() <= config.max_abs_gap).all())
-        kinds = sorted({"image" if isinstance(part, ImagePart) else "video" for part in sequence.media})
-        hint = (
-            "the two are shifted by one token" if shifted
-            else f"the row has {' and '.join(kinds)}: look at vision features, caches and 3-D positions as well as at weights and temperature" if kinds
-            else "the row has no image: look at weights, temperature and allowed ids"
-        )  # fmt: skip
+        token_id = sequence.targets.rollout.token_ids[index - len(ours)]
         raise ParityError(
-            f"{sequence.targets.place}: response token {index} (id {sequence.targets.rollout.token_ids[-len(ours) + index]}) has log-prob {ours[index]:.6f} in the learner "
-            f"and {theirs[index]:.6f} in {whose}; the limit is {config.max_abs_gap:g}; {hint}"
+            f"{sequence.targets.place}: response token {index} (id {token_id}) has log-prob {ours[index]:.6f} in the learner and "
+            f"{theirs[index]:.6f} in {whose}; the limit is {config.max_abs_gap:g}; {_hint(sequence, ours, theirs, config)}"
         )
     return float(gap.max()) if len(gap) else 0.0
 
 
+def _hint(sequence: TrainSequence[_Probe], ours: Tensor, theirs: Tensor, config: ParityConfig) -> str:
+    for one, other in ((ours[1:], theirs[:-1]), (ours[:-1], theirs[1:])):
+        if len(one) > 1 and bool(((one - other).abs() <= config.max_abs_gap).all()):
+            return "the two are shifted by one token"
+    kinds = sorted({"images" if isinstance(part, ImagePart) else "video" for part in sequence.media})
+    if kinds:
+        return f"the row has {' and '.join(kinds)}: look at vision features, caches and 3-D positions beside weights and temperature"
+    return "the row has no image: look at weights, temperature and allowed ids"

@@ -74,7 +74,9 @@ class ImagePart:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: the image cannot be read ({error.strerror}); give a path that exists, relative to the data file") from error
+            raise DataError(
+                f"{path}: the image cannot be read ({error.strerror}); give a path that exists, relative to the data file"
+            ) from error
         return cls.from_bytes(content, str(path))
 
     def __eq__(self, other: object) -> bool:
@@ -99,7 +101,9 @@ class VideoPart:
     def from_frames(cls, frames: Sequence[PILImage.Image], *, fps: float, frame_indices: Sequence[int]) -> VideoPart:
         """Returns the part for sampled frames; all frames must have one size."""
         if not frames or len(frames) != len(frame_indices):
-            raise DataError(f"video with {len(frames)} frames and {len(frame_indices)} frame_indices: give at least one frame and one index for each")
+            raise DataError(
+                f"video with {len(frames)} frames and {len(frame_indices)} frame_indices: give at least one frame and one index for each"
+            )
         if fps <= 0:
             raise DataError(f"video fps = {fps}: must be above 0, timestamps are index / fps")
         if len({frame.size for frame in frames}) != 1:

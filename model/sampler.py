@@ -63,7 +63,9 @@ def request_seed(run_seed: int, *parts: str | int) -> int:
 class VllmSampler:
     """vLLM inside this process; a context manager that ends the engine."""
 
-    def __init__(self, model_folder: Path, *, chat: Chat, config: SamplerConfig, allowed: Tensor, stop_token_ids: Sequence[int], dtype: str) -> None:
+    def __init__(
+        self, model_folder: Path, *, chat: Chat, config: SamplerConfig, allowed: Tensor, stop_token_ids: Sequence[int], dtype: str
+    ) -> None:
         wrong = {name: os.environ.get(name) for name, value in ENGINE_ENVIRONMENT.items() if os.environ.get(name) != value}
         if wrong:
             raise EngineError(f"the engine's environment is {wrong}, must be {ENGINE_ENVIRONMENT}: set it before torch or vllm is imported")
@@ -198,5 +200,6 @@ def first_difference(engine_ids: Sequence[int], learner_ids: Sequence[int]) -> s
     """Returns words for the first place where the engine's prompt ids and ours differ."""
     for index, (engine, learner) in enumerate(zip(engine_ids, learner_ids, strict=False)):
         if engine != learner:
-            return f"prompt token {index} is {engine} in the engine and {learner} in the learner ({len(engine_ids)} and {len(learner_ids)} tokens)"
+            lengths = f"({len(engine_ids)} and {len(learner_ids)} tokens)"
+            return f"prompt token {index} is {engine} in the engine and {learner} in the learner {lengths}"
     return f"the engine's prompt has {len(engine_ids)} tokens, the learner's {len(learner_ids)}: an image was dropped or expanded otherwise"

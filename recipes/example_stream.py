@@ -86,7 +86,9 @@ def open_stream(config: HandwritingData | JsonlData, *, seed: int, with_solution
     for row in rows:
         ends_with_assistant = row.messages[-1].role == "assistant"
         if with_solution and not ends_with_assistant:
-            raise DataError(f"{config.path}: row {row.id!r} does not end with an assistant message: there is nothing to learn from it by SFT")
+            raise DataError(
+                f"{config.path}: row {row.id!r} does not end with an assistant message: there is nothing to learn from it by SFT"
+            )
         if not with_solution and ends_with_assistant:
             raise DataError(f"{config.path}: row {row.id!r} ends with an assistant message: remove it, the policy writes the response")
     return RowStream(rows, seed=seed)
@@ -162,7 +164,9 @@ def _read_part(part: object, place: str, folder: Path) -> Part:
             return TextPart(text=text)
         case {"type": "image", "image": str(image)}:
             return _read_image(image, place, folder)
-    raise DataError(f'{place}: a part is {{"type": "text", "text": ...}} or {{"type": "image", "image": path or data URL}}, this is {part!r}')
+    raise DataError(
+        f'{place}: a part is {{"type": "text", "text": ...}} or {{"type": "image", "image": path or data URL}}, this is {part!r}'
+    )
 
 
 def _read_image(image: str, place: str, folder: Path) -> ImagePart:

@@ -83,7 +83,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this is {type(values).__name__}")
-    return values, {key: "recipe" for key in _leaves(values)}
+    return values, dict.fromkeys(_leaves(values), "recipe")
 
 
 def _parse(text: str | bytes) -> Any:  # noqa: ANN401
@@ -119,7 +119,9 @@ def _apply_override(values: dict[str, Any], origins: dict[str, str], override: s
     target[last] = value
     for old in [origin for origin in origins if origin == key or origin.startswith(f"{key}.")]:
         del origins[old]
-    origins.update({f"{key}.{leaf}" if leaf else key: "command line" for leaf in (_leaves(value) if isinstance(value, dict) and value else [""])})
+    origins.update(
+        {f"{key}.{leaf}" if leaf else key: "command line" for leaf in (_leaves(value) if isinstance(value, dict) and value else [""])}
+    )
 
 
 def _expand_chain(values: dict[str, Any], origins: dict[str, str], path: Path) -> tuple[dict[str, Any], dict[str, str]]:

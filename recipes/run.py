@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -74,7 +73,9 @@ def _check(parsed: argparse.Namespace) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     loaded = load_recipe(parsed.recipe, parsed.overrides)
     if parsed.name == "evaluate" and not isinstance(loaded.recipe, EvaluateRecipe):
-        raise VlpostError(f"{parsed.recipe}: method is {loaded.recipe.method!r}; `vlpost evaluate` takes a recipe of method evaluate, use `vlpost run`")
+        raise VlpostError(
+            f"{parsed.recipe}: method is {loaded.recipe.method!r}; `vlpost evaluate` takes a recipe of method evaluate, use `vlpost run`"
+        )
     set_environment()
     from .runner import run_recipe
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from ..model.learner import Learner
 from ..model.parity import check_parity
-from ..model.weight_sync import publish
 from ..model.records import VlpostError
+from ..model.weight_sync import publish
 from .build import Workshop, learner_dtype
 from .example_stream import open_stream
 from .interrupt import Interrupt, StopRequestedError
@@ -58,7 +58,13 @@ def _stages(loaded: LoadedRecipe) -> list[tuple[str, SftRecipe | RlRecipe | Eval
 
 
 def _run_stage(
-    stage: SftRecipe | RlRecipe | EvaluateRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, interrupt: Interrupt, console: Console
+    stage: SftRecipe | RlRecipe | EvaluateRecipe,
+    *,
+    workshop: Workshop,
+    options: RunOptions,
+    log: RunLog,
+    interrupt: Interrupt,
+    console: Console,
 ) -> Path | None:
     """Runs one stage unless its folder says that it is done; returns the export of a training stage."""
     stage.output.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,9 @@ class _Training:
         checkpoint = load_checkpoint(path)
         changed = _first_change(checkpoint.state["recipe"], comparable_recipe(self.recipe))
         if changed:
-            raise ResumeError(f"{path}: saved by another recipe: {changed}; resume with the recipe it was started with, or start in another folder")
+            raise ResumeError(
+                f"{path}: saved by another recipe: {changed}; resume with the recipe it was started with, or start in another folder"
+            )
         saved = checkpoint.tensors["model"]
         for name, parameter in self.named_parameters:
             parameter.data.copy_(saved[name])
@@ -280,7 +282,11 @@ def _validate(training: _Training, phase: str) -> None:
     recipe = training.recipe
     start = time.perf_counter()
     measured = training.validate()
-    training.log.metrics(phase, training.step, {f"validation/{name}": value for name, value in measured.items()} | {"time/validation_s": time.perf_counter() - start})
+    training.log.metrics(
+        phase,
+        training.step,
+        {f"validation/{name}": value for name, value in measured.items()} | {"time/validation_s": time.perf_counter() - start},
+    )
     if isinstance(recipe, SftRecipe) and recipe.sft.plateau is not None:
         assert recipe.validation is not None
         accuracy = measured[f"avg@{recipe.validation.num_samples}/{recipe.validation.temperatures[0]:g}"]

@@ -105,12 +105,7 @@ def resolve(use: str, options: Mapping[str, Any], *, recipe_folder: Path | None,
         module, sha256 = _load_file(path, use)
     else:
         module = _import_module(target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
-        path = Path(inspect.getsourcefile(module) or "").resolve()
-        if not path.is_file():
-            raise RewardConfigError(
-                f"reward {use!r}: {target} has no Python source to record the hash of; name the module that holds the function"
-            )
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        path, sha256 = None, None
     function = vars(module).get(function_name)
     if not inspect.isfunction(function):
         functions = [name for name, member in vars(module).items() if inspect.isfunction(member)]
@@ -118,6 +113,12 @@ def resolve(use: str, options: Mapping[str, Any], *, recipe_folder: Path | None,
             f"reward {use!r}: {target} has no function {function_name!r}{_nearest(function_name, functions)}; "
             f"it has {', '.join(sorted(functions)) or 'none'}"
         )
+    if path is None:
+        # The file of the function itself, which its module may only pass on.
+        path = Path(inspect.getsourcefile(function) or "").resolve()
+        if not path.is_file():
+            raise RewardConfigError(f"reward {use!r}: {function_name} has no Python source to record the hash of; write it in a file")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return ResolvedReward(
         use=use,
         function=function,
@@ -195,8 +196,8 @@ def _import_module(target: str, *, use: str, recipe_folder: Path | None, allow_c
         spec = importlib.util.find_spec(package) if package else None
         if spec is not None:
             # A module found through the working directory is a file that came along, not an installed package.
-            locations = list(spec.submodule_search_locations or ()) or [spec.origin or ""]
-            for location in map(Path, locations):
+            files = [spec.origin] if spec.origin and spec.has_location else []
+            for location in map(Path, spec.submodule_search_locations or files):
                 if location.resolve().parent == Path.cwd().resolve():
                     _permitted(location, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
         return importlib.import_module(target)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from ..model.records import VlpostError
 from .result import RewardResult, Unavailable
@@ -35,9 +35,21 @@ MAX_REQUEST_BYTES = 60_000
 """Below the 64 KiB of a pipe; the callers bound their texts accordingly."""
 MAX_REPLY_BYTES = 65_536
 
-# The judge of a worker, as `module:function` of this package, and a question that it must find right before it is trusted.
-_JUDGES: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "math_answer": (".math_answer:verdict", {"answer": "\\frac{1}{2}", "prediction": "0.5"}),
+# The judge of a worker, as `module:function` of this package, and questions that it must find right before it is trusted. They
+# also load what the verifier loads late, so that a fresh process answers its first request as fast as any other.
+_JUDGES: Mapping[str, tuple[str, Sequence[Mapping[str, str]]]] = {
+    "math_answer": (
+        ".math_answer:verdict",
+        (
+            {"answer": "\\frac{1}{2}", "prediction": "0.5"},
+            {"answer": "3\\sqrt{2}", "prediction": "\\sqrt{18}"},
+            {"answer": "x^2+2x+1", "prediction": "(x+1)^2"},
+            {"answer": "\\{1,2\\}", "prediction": "\\{2,1\\}"},
+            {"answer": "0<x<1", "prediction": "(0,1)"},
+            {"answer": "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "prediction": "\\begin{pmatrix}1\\\\2\\end{pmatrix}"},
+            {"answer": "x=4", "prediction": "4"},
+        ),
+    ),
 }
 # All that a worker gets to see of the environment: no tokens, no keys.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL")
@@ -78,19 +90,13 @@ class Worker:
 
     def start(self) -> None:
         """Starts the process and waits until it has proved itself; a `WorkerError` if it does not."""
-        judge, proof = _JUDGES[self._function]
-        settings = {"judge": judge, "proof": proof, "timeout_s": self._timeout_s, "max_memory_bytes": MAX_WORKER_MEMORY_BYTES}
+        judge, proofs = _JUDGES[self._function]
+        settings = {"judge": judge, "proofs": proofs, "timeout_s": self._timeout_s, "max_memory_bytes": MAX_WORKER_MEMORY_BYTES}
         with tempfile.TemporaryFile() as last_words:
-            process = subprocess.Popen(
-                # -I: neither the working directory nor PYTHON* variables decide which code the worker runs.
-                [sys.executable, "-I", "-m", f"{__package__}.worker_main", json.dumps(settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=last_words,
-                cwd="/",
-                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-                start_new_session=True,
-            )
+            try:
+                process = self._spawn(settings, last_words)
+            except OSError as error:
+                raise WorkerError(f"no process for {self._function!r} can be started from {sys.executable} ({error.strerror})") from error
             self._process, self._unread, self._num_asked_of_process = process, b"", 0
             os.set_blocking(self._pipe("stdin"), False)
             try:
@@ -103,6 +109,18 @@ class Worker:
                     f"the worker process of {self._function!r} did not start ({error}); "
                     f"is the package installed for {sys.executable}? It wrote:\n{words}"
                 ) from error
+
+    def _spawn(self, settings: Mapping[str, Any], last_words: IO[bytes]) -> subprocess.Popen[bytes]:
+        # -I: neither the working directory nor PYTHON* variables decide which code the worker runs.
+        return subprocess.Popen(
+            [sys.executable, "-I", "-m", f"{__package__}.worker_main", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=last_words,
+            cwd="/",
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            start_new_session=True,
+        )
 
     def ask(self, arguments: Mapping[str, str]) -> RewardResult | Unavailable | Failure:
         """Returns the judge's verdict on the arguments within the deadline; a `WorkerError` if the worker cannot be brought up."""
@@ -117,6 +135,7 @@ class Worker:
         assert len(line) <= MAX_REQUEST_BYTES, f"a request of {len(line)} bytes: the caller bounds its texts to {MAX_REQUEST_BYTES} in all"
         deadline = time.monotonic() + self._timeout_s
         try:
+            self._discard_old_messages()
             self._write(line, deadline=deadline)
             message = self._read_until(lambda message: "ready" in message or message.get("id") == number, deadline=deadline)
         except TimeoutError:
@@ -192,6 +211,18 @@ class Worker:
             if not received:
                 raise EOFError("it ended")
             self._unread += received
+
+    def _discard_old_messages(self) -> None:
+        """Reads what has come in since the last verdict: late replies, and word of a process that died while it was idle."""
+        descriptor = self._pipe("stdout")
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        while poller.poll(0):
+            received = os.read(descriptor, MAX_REPLY_BYTES)
+            if not received:
+                raise EOFError("it ended")
+            self._unread += received
+        self._unread = self._unread.rpartition(b"\n")[2]
 
     def _pipe(self, name: Literal["stdin", "stdout"]) -> int:
         assert self._process is not None, "a worker is started before it is written to or read from"

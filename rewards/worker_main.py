@@ -11,9 +11,11 @@ end of stdin.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
+import logging
 import math
 import os
 import resource
@@ -86,11 +88,13 @@ class _Inner:
 def main(settings: dict[str, Any]) -> None:
     """Runs the outer process; returns when stdin has ended."""
     sys.dont_write_bytecode = True
+    logging.disable(logging.CRITICAL)
     module_name, _, function_name = settings["judge"].partition(":")
     judge = getattr(importlib.import_module(module_name, package=__package__), function_name)
-    value, note = judge(**settings["proof"])
-    if value != 1.0:
-        raise RuntimeError(f"the verifier judged {settings['proof']} as {value} ({note}), not as right; it cannot be trusted")
+    for arguments in settings["proofs"]:
+        value, note = judge(**arguments)
+        if value != 1.0:
+            raise RuntimeError(f"the verifier judged {arguments} as {value} ({note}), not as right; it cannot be trusted")
     resource.setrlimit(resource.RLIMIT_AS, (settings["max_memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Whatever a verifier prints goes nowhere: the replies have a descriptor of their own.
@@ -112,7 +116,9 @@ def main(settings: dict[str, Any]) -> None:
                 signal.signal(order, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, orders)
             try:
-                _answer_requests(judge, replies_fd=replies_fd, timeout_s=settings["timeout_s"])
+                # Without a reader there is nobody to answer: leave with 0, or the outer process would fork for ever.
+                with contextlib.suppress(BrokenPipeError):
+                    _answer_requests(judge, replies_fd=replies_fd, timeout_s=settings["timeout_s"])
                 os._exit(0)
             finally:
                 # Nothing of the outer process, its loop least of all, may run on in here.

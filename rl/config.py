@@ -76,6 +76,7 @@ class RlConfig(Settings):
     def _check_split(self) -> RlConfig:
         if self.prompts_per_step % self.num_mini_batches:
             raise ValueError(
-                f"rl.prompts_per_step = {self.prompts_per_step} cannot be split into rl.num_mini_batches = {self.num_mini_batches} equal parts"
+                f"rl.prompts_per_step = {self.prompts_per_step} cannot be split into "
+                f"rl.num_mini_batches = {self.num_mini_batches} equal parts"
             )
         return self

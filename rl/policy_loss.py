@@ -20,7 +20,7 @@ from torch import Tensor
 from ..model.records import VlpostError
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are held within +-20 nats before `exp`: past it a gate of tau near 1 is shut, and without it the backward pass is 0 * inf = NaN."""
+"""Log-ratios are held within +-20 nats before `exp`: a gate of tau near 1 is shut there, and beyond, backward would be 0 * inf = NaN."""
 
 
 class NonFiniteLogprobsError(VlpostError, ValueError):

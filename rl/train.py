@@ -23,8 +23,8 @@ from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
 from .advantages import group_advantages, has_signal
-from .config import PolicyLossConfig, RlConfig
-from .policy_loss import engine_mismatch, gspo, grpo, ratio_statistics, reinforce, sapo, truncated_importance_weights
+from .config import PolicyLossConfig, RlConfig, SapoConfig
+from .policy_loss import engine_mismatch, grpo, gspo, ratio_statistics, reinforce, sapo, truncated_importance_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +85,11 @@ class RlStage:
             mini_batches = self._mini_batches(scored)
             # Before the first update pi_old is the policy itself, so only later mini-batches need their old log-probs ahead of it.
             old = [[self._old_logprobs(batch) for batch in batches] if index else None for index, batches in enumerate(mini_batches)]
-            metrics: list[dict[str, Metric]] = []
-            for batches, old_logprobs in zip(mini_batches, old, strict=True):
-                metrics += self._update(batches, old_logprobs)
+            seen: list[_Seen] = []
+            updates = [self._update(batches, logprobs, seen) for batches, logprobs in zip(mini_batches, old, strict=True)]
         with clock.phase("publish"):
             publish(self.learner, self.sampler)
-        measured = merge([*metrics, _rollout_metrics(scored, self.config)])
+        measured = merge([*updates, _token_metrics(seen, self.config.policy_loss), _rollout_metrics(scored, self.config)])
         num_sampled = sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts)
         return RlStepResult(metrics={**measured, **clock.metrics(num_sampled)}, scored_groups=tuple(scored))
 
@@ -113,24 +112,20 @@ class RlStage:
         """Returns the packed micro-batches of each optimizer update; groups without signal have weight 0 and are left out."""
         size = len(scored) // self.config.num_mini_batches
         parts = [scored[start : start + size] for start in range(0, len(scored), size)]
-        return [
-            pack(policy_families(part, self.config), media=self.chat, token_budget=self.learner.config.token_budget) for part in parts
-        ]
+        return [pack(policy_families(part, self.config), media=self.chat, token_budget=self.learner.config.token_budget) for part in parts]
 
     def _old_logprobs(self, batch: PolicyBatch) -> Tensor:
         return self.learner.logprobs(batch, self.distribution).logprobs
 
-    def _update(self, batches: Sequence[PolicyBatch], old_logprobs: Sequence[Tensor] | None) -> list[dict[str, Metric]]:
-        """Does one optimizer update; `old_logprobs` None means that the current policy is pi_old."""
+    def _update(self, batches: Sequence[PolicyBatch], old_logprobs: Sequence[Tensor] | None, seen: list[_Seen]) -> dict[str, Metric]:
+        """Does one optimizer update; `old_logprobs` None means that the current policy is pi_old. Adds what its losses saw to `seen`."""
         if not batches:  # every group of this mini-batch was without signal: momentum alone must not move the weights
-            return [{"skipped_updates": total(1)}]
-        measured: list[dict[str, Metric]] = []
+            return {"skipped_updates": total(1)}
         for index, batch in enumerate(batches):
             loss = _PolicyLoss(self.config, batch, old_logprobs[index] if old_logprobs else None)
             self.learner.forward_backward(batch, self.distribution, loss)
-            measured.append(loss.metrics)
-        step = self.learner.optim_step()
-        return [*measured, {name: mean(value) for name, value in step.items()}, {"skipped_updates": total(0)}]
+            seen += loss.seen
+        return {**{name: mean(value) for name, value in self.learner.optim_step().items()}, "skipped_updates": total(0)}
 
 
 def policy_families(scored: Sequence[ScoredGroup], config: RlConfig) -> list[list[Weighted[PolicyTargets]]]:
@@ -168,20 +163,44 @@ def policy_families(scored: Sequence[ScoredGroup], config: RlConfig) -> list[lis
     return families
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """The log-probs of one micro-batch as its loss saw them, detached: [N] each."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    sampler_logprobs: Tensor
+    advantages: Tensor
+    entropy: Tensor
+    num_unique_tokens: int
+    num_recomputed_tokens: int
+
+
 class _PolicyLoss:
-    """The per-token loss of one micro-batch, and what was seen while computing it."""
+    """The per-token loss of one micro-batch; keeps what it saw for the step's metrics."""
 
     def __init__(self, config: RlConfig, batch: PolicyBatch, old_logprobs: Tensor | None) -> None:
         self.config = config
         self.batch = batch
         self.old_logprobs = old_logprobs
-        self.metrics: dict[str, Metric] = {}
+        self.seen: list[_Seen] = []
 
     def __call__(self, outputs: TokenLogprobs) -> Tensor:
         device = outputs.logprobs.device
         advantages = self.batch.per_token(lambda s: (s.targets.advantage,) * s.num_trained_tokens).to(device)
         sampler_logprobs = self.batch.per_token(lambda s: s.targets.sampler_logprobs).to(device)
         old_logprobs = outputs.logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+        self.seen.append(
+            _Seen(
+                logprobs=outputs.logprobs.detach(),
+                old_logprobs=old_logprobs,
+                sampler_logprobs=sampler_logprobs,
+                advantages=advantages,
+                entropy=outputs.entropy,
+                num_unique_tokens=len(self.batch.token_ids),
+                num_recomputed_tokens=self.batch.num_recomputed_tokens,
+            )
+        )
         per_token = policy_loss(
             self.config.policy_loss,
             outputs.logprobs,
@@ -189,31 +208,28 @@ class _PolicyLoss:
             advantages=advantages,
             sequence_ids=self.batch.sequence_ids.to(device),
         )
-        self._measure(outputs, old_logprobs, sampler_logprobs, advantages)
         return per_token * truncated_importance_weights(old_logprobs, sampler_logprobs, cap=self.config.importance_cap)
 
-    def _measure(self, outputs: TokenLogprobs, old_logprobs: Tensor, sampler_logprobs: Tensor, advantages: Tensor) -> None:
-        weight = len(old_logprobs)
-        taus = self.config.policy_loss if self.config.policy_loss.name == "sapo" else None
-        statistics = ratio_statistics(
-            outputs.logprobs.detach(),
-            old_logprobs,
-            advantages=advantages,
-            tau_pos=taus.tau_pos if taus else 1.0,
-            tau_neg=taus.tau_neg if taus else 1.05,
-        )
-        mismatch = engine_mismatch(old_logprobs, sampler_logprobs)
-        self.metrics = {name: mean(value, weight) for name, value in {**statistics, **mismatch}.items()}
-        self.metrics["engine_max_abs_gap"] = maximum(mismatch["engine_max_abs_gap"])
-        self.metrics["entropy"] = mean(outputs.entropy.mean().item(), weight)
-        self.metrics["trained_tokens"] = total(weight)
-        self.metrics["unique_tokens"] = total(len(self.batch.token_ids))
-        self.metrics["recomputed_tokens"] = total(self.batch.num_recomputed_tokens)
+
+def _token_metrics(seen: Sequence[_Seen], config: PolicyLossConfig) -> dict[str, Metric]:
+    """Returns what the updates saw, over all trained tokens of the step at once: quantiles do not average over micro-batches."""
+    if not seen:
+        return {}
+    logprobs, old_logprobs = torch.cat([part.logprobs for part in seen]), torch.cat([part.old_logprobs for part in seen])
+    gate = config if isinstance(config, SapoConfig) else SapoConfig()  # other losses have no gate: what SAPO's would let through
+    statistics = ratio_statistics(
+        logprobs, old_logprobs, advantages=torch.cat([part.advantages for part in seen]), tau_pos=gate.tau_pos, tau_neg=gate.tau_neg
+    )
+    mismatch = engine_mismatch(old_logprobs, torch.cat([part.sampler_logprobs for part in seen]))
+    measured = {name: mean(value) for name, value in {**statistics, **mismatch}.items()}
+    measured["entropy"] = mean(torch.cat([part.entropy for part in seen]).mean().item())
+    measured["trained_tokens"] = total(len(logprobs))
+    measured["unique_tokens"] = total(sum(part.num_unique_tokens for part in seen))
+    measured["recomputed_tokens"] = total(sum(part.num_recomputed_tokens for part in seen))
+    return measured
 
 
-def policy_loss(
-    config: PolicyLossConfig, logprobs: Tensor, old_logprobs: Tensor, *, advantages: Tensor, sequence_ids: Tensor
-) -> Tensor:
+def policy_loss(config: PolicyLossConfig, logprobs: Tensor, old_logprobs: Tensor, *, advantages: Tensor, sequence_ids: Tensor) -> Tensor:
     """Returns the per-token loss [N] of the method that the recipe names."""
     match config.name:
         case "sapo":

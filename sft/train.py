@@ -33,14 +33,14 @@ class SftStage:
         """Does one optimizer update on the examples and returns the step's metrics."""
         start = time.perf_counter()
         families = [[supervised_sequence(example, self.chat)] for example in examples]
-        batches = pack(
-            weigh(families, self.config.weighting), media=self.chat, token_budget=self.learner.config.token_budget
-        )
+        batches = pack(weigh(families, self.config.weighting), media=self.chat, token_budget=self.learner.config.token_budget)
         loss = sum(self.learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs) for batch in batches)
         update = self.learner.optim_step()
         num_tokens = sum(len(batch.token_ids) for batch in batches)
         seconds = time.perf_counter() - start
-        counts = merge([{"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))} for batch in batches])
+        counts = merge(
+            [{"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))} for batch in batches]
+        )
         return {"loss": loss, **update, **counts, "time/step_s": seconds, "time/tokens_per_s": num_tokens / seconds}
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from vlpost.model.records import Example, Group, Message, Rollout, TextPart
 from vlpost.rewards import RewardManager, RewardsConfig
 
@@ -44,6 +43,6 @@ def make_group(make_example, make_rollout) -> Callable[..., Group]:
 
 @pytest.fixture(scope="session")
 def math_rewards() -> Iterator[RewardManager]:
-    config = RewardsConfig.model_validate({"components": {"answer": {"use": "math_answer"}}, "timeout_s": 0.4, "num_workers": 2})
+    config = RewardsConfig.model_validate({"components": {"answer": {"use": "math_answer"}}, "timeout_s": 5.0, "num_workers": 2})
     with RewardManager(config, recipe_folder=None, allow_code=False) as rewards:
         yield rewards

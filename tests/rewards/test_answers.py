@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from vlpost.rewards.answers import boxed, final_answer, strip_thinking, tagged
 
 PIECES = [

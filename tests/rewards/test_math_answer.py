@@ -1,11 +1,10 @@
 """Mathematical answers: verdicts, and what hostile answers can do to the run and to their neighbours (nothing)."""
 
 import pytest
-
 from vlpost.model.records import DataError, Group
-from vlpost.rewards import RewardManager, RewardResult
+from vlpost.rewards import RewardManager, RewardResult, RewardsConfig
 from vlpost.rewards.math_answer import MAX_ANSWER_CHARS, MAX_PREDICTION_CHARS, check_math_answer, expression, math_answer, request
-from vlpost.rewards.worker import MAX_REQUEST_BYTES
+from vlpost.rewards.worker import MAX_REQUEST_BYTES, WorkerPool
 
 HOSTILE_ANSWERS = [
     "9^{9^{9}}",
@@ -67,11 +66,13 @@ def test_dress_of_the_answer_changes_nothing(dress, bare):
     assert expression(dress.format(bare)) == bare
 
 
-def test_hostile_answers_end_and_cost_no_neighbour(make_group, math_rewards):
+def test_hostile_answers_end_and_cost_no_neighbour(make_group):
+    config = RewardsConfig.model_validate({"components": {"answer": {"use": "math_answer"}}, "timeout_s": 0.4, "num_workers": 2})
     groups: list[Group] = [
         make_group("\\frac37", f"\\boxed{{{hostile}}}", "3/7", "4/7", number=number) for number, hostile in enumerate(HOSTILE_ANSWERS)
     ]
-    scored = math_rewards.score(groups)
+    with RewardManager(config, recipe_folder=None, allow_code=False) as rewards:
+        scored = rewards.score(groups)
     assert len(scored) == 15
     for hostile, group in zip(HOSTILE_ANSWERS, scored, strict=True):
         assert [judged.score.reward for judged in group.judged] == [0.0, 1.0, 0.0], hostile[:40]
@@ -93,12 +94,12 @@ def test_answers_are_never_run(make_group, math_rewards: RewardManager, tmp_path
         f"\\input{{|touch {trace}}} \\write18{{touch {trace}}}",
         f"!!python/object/apply:os.system ['touch {trace}']",
     ]
-    groups = [make_group(answer, payload, f"\\boxed{{{payload}}}") for payload in payloads for answer in ("12", payload)]
-    check = [judged.score.reward for group in math_rewards.score(groups[::2]) for judged in group.judged]
-    assert check == [0.0] * 16
-    # The same texts as the right answer reach the parser by its other door; the verdict does not matter here.
-    for group in groups[1::2]:
-        math_answer(group.example, group.rollouts[0])
+    groups = [make_group("12", payload, f"\\boxed{{{payload}}}") for payload in payloads]
+    rewards = [judged.score.reward for group in math_rewards.score(groups) for judged in group.judged]
+    assert rewards == [0.0] * 16
+    # As the right answer they reach the parser by its other door; which verdict that gives does not matter here.
+    with WorkerPool("math_answer", num_workers=1, timeout_s=5.0) as pool:
+        assert len(pool.judge([request(payload, prediction) for payload in payloads for prediction in ("12", payload)])) == 16
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from vlpost.model.records import DataError
 from vlpost.rewards import RewardResult, Unavailable
 from vlpost.rewards.visual_answer import (
