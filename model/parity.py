@@ -17,7 +17,7 @@ from .attention import PACKED_ATTENTION
 from .chat import Chat, EncodedPrompt
 from .config import ParityConfig
 from .learner import Distribution, Learner
-from .packing import Weighted, pack, split_by_sequence
+from .packing import Batch, Weighted, pack, split_by_sequence
 from .records import ImagePart, MediaPart, Rollout, TrainSequence, VideoPart, VlpostError
 from .sampler import Sampler, SampleRequest, request_seed
 
@@ -84,17 +84,18 @@ def check_parity(
             _check_media(place, prompt, rollout, chat)
         families.append([_weighted(place, rollout) for rollout in rollouts])
     _check_positions([family[0].sequence for family in families], learner, chat)
-    engine_gap = packing_gap = 0.0
-    num_tokens = 0
-    for batch in pack(families, media=chat, token_budget=learner.config.token_budget):
-        packed = learner.logprobs(batch, distribution).logprobs.cpu()
-        for sequence, ours in zip(batch.sequences, split_by_sequence(batch, packed), strict=True):
-            packing_gap = max(
-                packing_gap, _compare(sequence, ours, one_by_one_logprobs(sequence, learner, chat, distribution), "transformers", config)
-            )
-            engine_gap = max(engine_gap, _compare(sequence, ours, _engine_logprobs(sequence), "the engine", config))
-            num_tokens += len(ours)
-    return ParityReport(num_sequences=sum(map(len, families)), num_tokens=num_tokens, engine_gap=engine_gap, packing_gap=packing_gap)
+    comparisons = [
+        comparison
+        for batch in pack(families, media=chat, token_budget=learner.config.token_budget)
+        for comparison in _compare_batch(batch, learner, chat, distribution)
+    ]
+    _raise_first(comparisons, config)
+    return ParityReport(
+        num_sequences=sum(map(len, families)),
+        num_tokens=sum(len(c.ours) for c in comparisons if c.whose == "the engine"),
+        engine_gap=max(c.gap for c in comparisons if c.whose == "the engine"),
+        packing_gap=max(c.gap for c in comparisons if c.whose == "transformers"),
+    )
 
 
 def _weighted(place: str, rollout: Rollout) -> Weighted[_Probe]:
@@ -169,25 +170,52 @@ def _engine_logprobs(sequence: TrainSequence[_Probe]) -> Tensor:
     return torch.tensor([value for value, sampled in zip(rollout.sampler_logprobs, rollout.sampled, strict=True) if sampled])
 
 
-def _compare(sequence: TrainSequence[_Probe], ours: Tensor, theirs: Tensor, whose: str, config: ParityConfig) -> float:
-    """Returns the largest gap of one response; raises at the first token beyond the limit."""
-    gap = (ours - theirs).abs()
-    beyond = (~(gap <= config.max_abs_gap)).nonzero()  # NaN is beyond as well
-    if len(beyond):
-        index = int(beyond[0])
-        token_id = sequence.targets.rollout.token_ids[index - len(ours)]
-        raise ParityError(
-            f"{sequence.targets.place}: response token {index} (id {token_id}) has log-prob {ours[index]:.6f} in the learner and "
-            f"{theirs[index]:.6f} in {whose}; the limit is {config.max_abs_gap:g}; {_hint(sequence, ours, theirs, config)}"
-        )
-    return float(gap.max()) if len(gap) else 0.0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Comparison:
+    """The log-probs [trained tokens] of one response, twice."""
+
+    sequence: TrainSequence[_Probe]
+    ours: Tensor
+    theirs: Tensor
+    whose: str
+
+    @property
+    def gap(self) -> float:
+        """Largest difference in nats; NaN counts as infinite."""
+        return float((self.ours - self.theirs).abs().nan_to_num(nan=torch.inf).max())
 
 
-def _hint(sequence: TrainSequence[_Probe], ours: Tensor, theirs: Tensor, config: ParityConfig) -> str:
+def _compare_batch(batch: Batch[_Probe], learner: Learner, chat: Chat, distribution: Distribution) -> list[_Comparison]:
+    packed = learner.logprobs(batch, distribution).logprobs.cpu()
+    comparisons = []
+    for sequence, ours in zip(batch.sequences, split_by_sequence(batch, packed), strict=True):
+        alone = one_by_one_logprobs(sequence, learner, chat, distribution)
+        comparisons.append(_Comparison(sequence=sequence, ours=ours, theirs=alone, whose="transformers"))
+        comparisons.append(_Comparison(sequence=sequence, ours=ours, theirs=_engine_logprobs(sequence), whose="the engine"))
+    return comparisons
+
+
+def _raise_first(comparisons: Sequence[_Comparison], config: ParityConfig) -> None:
+    """Raises for the first token beyond the limit, text-only rows first: what is wrong there is wrong everywhere."""
+    beyond = [comparison for comparison in comparisons if not comparison.gap <= config.max_abs_gap]
+    if not beyond:
+        return
+    worst = min(beyond, key=lambda comparison: (bool(comparison.sequence.media), comparison.whose != "transformers"))
+    ours, theirs, probe = worst.ours, worst.theirs, worst.sequence.targets
+    index = int((~((ours - theirs).abs() <= config.max_abs_gap)).nonzero()[0])
+    token_id = probe.rollout.token_ids[index - len(ours)]
+    raise ParityError(
+        f"{probe.place}: response token {index} (id {token_id}) has log-prob {ours[index]:.6f} in the learner and "
+        f"{theirs[index]:.6f} in {worst.whose}; the limit is {config.max_abs_gap:g}; {_hint(worst, config)}"
+    )
+
+
+def _hint(comparison: _Comparison, config: ParityConfig) -> str:
+    ours, theirs = comparison.ours, comparison.theirs
     for one, other in ((ours[1:], theirs[:-1]), (ours[:-1], theirs[1:])):
         if len(one) > 1 and bool(((one - other).abs() <= config.max_abs_gap).all()):
             return "the two are shifted by one token"
-    kinds = sorted({"images" if isinstance(part, ImagePart) else "video" for part in sequence.media})
+    kinds = sorted({"images" if isinstance(part, ImagePart) else "video" for part in comparison.sequence.media})
     if kinds:
-        return f"the row has {' and '.join(kinds)}: look at vision features, caches and 3-D positions beside weights and temperature"
+        return f"rows with {' and '.join(kinds)} differ and no text-only row does: look at vision features, caches and 3-D positions"
     return "the row has no image: look at weights, temperature and allowed ids"

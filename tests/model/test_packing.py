@@ -163,7 +163,7 @@ def test_packed_equals_one_by_one(case, checkpointing, chat, make_model):
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layer_calls = []
-    model.model.language_model.layers[1].mlp.register_forward_hook(lambda *_: layer_calls.append(1))
+    model.model.language_model.layers[1].mlp.register_forward_pre_hook(lambda *_: layer_calls.append(1))
 
     logprobs = run_packed(model, batches)
 
