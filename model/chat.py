@@ -156,6 +156,11 @@ class Chat:
         """
         if not any(message.role == "assistant" for message in messages):
             raise DataError("the row has no assistant message: nothing to train on")
+        if messages[-1].role != "assistant":
+            raise DataError(
+                f"message {len(messages) - 1}: the row ends with a {messages[-1].role} message, which nothing answers; "
+                "drop what follows the last assistant message"
+            )
         token_ids: list[int] = []
         trained: list[bool] = []
         media = [part for message in messages for part in message.media]

@@ -189,7 +189,8 @@ def _split_family(family: Sequence[Weighted[Targets]], media: MediaSource, token
                 f"a sequence of {_size(nodes)} tokens exceeds the token budget of {token_budget}: "
                 "raise learner.token_budget or drop longer rows"
             )
-        recomputed = _size([nodes[0]]) if start else 0
+        # What the part adds to the tree of the family so far is new; the rest an earlier part holds too.
+        recomputed = _size(nodes) - (_size(_prefix_tree(keys[:end])) - _size(_prefix_tree(keys[:start]))) if start else 0
         parts.append(_Tree(members=tuple(family[start:end]), nodes=tuple(nodes), recomputed=recomputed))
         start = end
     return parts

@@ -88,6 +88,7 @@ class _Training:
     stream: ExampleStream
     num_steps: int
     step: int = 0
+    saved_step: int = -1
     plateau: Plateau = field(default_factory=Plateau)
 
     @property
@@ -95,7 +96,9 @@ class _Training:
         return list(self.learner.model.named_parameters())
 
     def save(self) -> None:
-        """Saves everything that the next step depends on."""
+        """Saves everything that the next step depends on, once a step."""
+        if self.saved_step == self.step:
+            return
         trained = [(name, parameter) for name, parameter in self.named_parameters if parameter.requires_grad]
         tensors: dict[str, dict[str, Tensor]] = {
             "model": {name: parameter.detach() for name, parameter in self.named_parameters},
@@ -108,6 +111,7 @@ class _Training:
             "recipe": comparable_recipe(self.recipe),
         }
         save_checkpoint(self.folder / "checkpoints", self.step, tensors=tensors, state=state, keep=self.recipe.checkpoint.keep)
+        self.saved_step = self.step
 
     def load(self, path: Path) -> None:
         """Brings the stage to where the checkpoint was saved; a recipe that has changed since is an error that names the first key."""
@@ -125,7 +129,7 @@ class _Training:
         self.learner.policy_version = checkpoint.state["policy_version"]
         self.plateau = Plateau(**checkpoint.state["plateau"])
         load_rng_state(checkpoint.state["rng"])
-        self.step = checkpoint.step
+        self.step = self.saved_step = checkpoint.step
 
     def validate(self) -> dict[str, float]:
         """Publishes the weights if the engine has others, and measures them on the validation data."""
@@ -269,7 +273,7 @@ def _loop(training: _Training, step_function: StepFunction) -> None:
         training.step += 1
         log.metrics(phase, training.step, metrics)
         if scored:
-            log.rollouts(training.step, scored)
+            log.rollouts(training.step, scored, phase=phase)
         if isinstance(recipe, RlRecipe) and training.step <= recipe.parity.num_publishes:
             _gate(training, f"after publish {training.step}")
         if recipe.validation is not None and training.step % recipe.validation.every == 0:

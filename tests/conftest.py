@@ -19,3 +19,6 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+
+# Spinning OpenMP threads make everything ten times slower on a machine that something else uses too.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

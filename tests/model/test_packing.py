@@ -204,9 +204,9 @@ def test_a_split_family_keeps_the_gradient_and_counts_what_it_computes_again(mak
     whole, parts = (pack(weighted, media=chat, token_budget=budget) for budget in (4096, longest))
     assert (len(whole), len(parts)) == (1, 3)
     assert whole[0].num_recomputed_tokens == 0
-    # The two middle responses share nothing but the prompt: each later part computes the prompt again and nothing else.
-    assert sum(batch.num_recomputed_tokens for batch in parts) == 2 * prompt_tokens
-    assert sum(len(batch.token_ids) for batch in parts) - 2 * prompt_tokens == len(whole[0].token_ids)
+    # Each later part computes the prompt again; the last one also token 5, which is the whole first response.
+    assert sum(batch.num_recomputed_tokens for batch in parts) == 2 * prompt_tokens + 1
+    assert sum(len(batch.token_ids) for batch in parts) - (2 * prompt_tokens + 1) == len(whole[0].token_ids)
 
     models = make_model(), make_model()
     run_packed(models[0], whole)
@@ -371,10 +371,10 @@ def test_families_do_not_share_tokens_with_each_other():
 
 def test_each_distinct_image_goes_through_the_tower_once(make_families, make_model, chat, media):
     weighted = weigh(make_families("several images") + make_families("two groups with one image"), "token")
-    (batch,) = pack(weighted, media=chat, token_budget=4096)
+    (batch,) = pack(weighted, media=chat, token_budget=4096)  # longest family first: A B A, then A, A, C
     patches = [chat.processed(media[name]).pixel_values for name in "ABC"]
     assert batch.vision is not None
-    assert batch.vision.image_order == (0, 1, 0, 2, 0, 0)
+    assert batch.vision.image_order == (0, 1, 0, 0, 0, 2)
     assert batch.vision.grid_thw.tolist() == [[1, 4, 4], [1, 4, 6], [1, 4, 4]]
     assert torch.equal(batch.vision.pixel_values, torch.cat(patches))
 

@@ -41,7 +41,7 @@ video = st.tuples(st.just("video"), st.integers(1, 4), side, side)
 
 
 def write(pieces):
-    """Returns token ids and grids as Qwen3-VL's processor would write the pieces: a start and an end token around each run of placeholders."""
+    """Returns token ids and grids as Qwen3-VL's processor writes the pieces: a start and an end token around each run of placeholders."""
     ids, image_grids, video_grids = [], [], []
     for kind, *numbers in pieces:
         if kind == "text":

@@ -1,0 +1,203 @@
+import math
+
+import pytest
+import torch
+from vlpost.model.config import LearnerConfig
+from vlpost.model.learner import FULL_DISTRIBUTION, Distribution, Learner, NonFiniteError, Policy, scheduled_learning_rate
+from vlpost.model.loading import part_of
+from vlpost.model.packing import pack, weigh
+from vlpost.model.records import Message, TextPart, TrainSequence
+
+
+@pytest.fixture(scope="module")
+def batches(chat, make_image):
+    """Two micro-batches of one step: a group about an image, and a text row."""
+
+    def sequence(parts, response):
+        prompt = chat.encode_prompt([Message(role="user", parts=parts)])
+        ids = prompt.token_ids + response
+        return TrainSequence(
+            token_ids=ids, trained=(False,) * len(prompt.token_ids) + (True,) * len(response), media=prompt.media, targets=None
+        )
+
+    seen = (make_image(), TextPart(text="the sum?"))
+    families = [[sequence(seen, (5, 6, 7)), sequence(seen, (5, 8))], [sequence((TextPart(text="3 + 4?"),), (9, 10, 11, 12))]]
+    return [batch for family in weigh(families, "token") for batch in pack([family], media=chat, token_budget=512)]
+
+
+def negative_logprobs(outputs):
+    return -outputs.logprobs
+
+
+def config(**changes):
+    return LearnerConfig(**{"learning_rate": 1e-2, **changes})
+
+
+def weights(learner):
+    return {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
+
+
+# ---------------------------------------------------------------- a step
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-2, 1e6], ids=["clipped", "not clipped"])
+def test_steps_equal_adamw_written_by_hand(batches, make_model, max_grad_norm):
+    settings = config(weight_decay=0.1, beta1=0.8, beta2=0.9, warmup_steps=4, max_grad_norm=max_grad_norm)
+    learner = Learner(make_model(), config=settings, num_steps=10)
+    model = make_model().train()
+    parameters = [parameter.detach().clone() for parameter in model.parameters()]
+    first = [torch.zeros_like(parameter) for parameter in parameters]
+    second = [torch.zeros_like(parameter) for parameter in parameters]
+
+    for step in (1, 2):
+        # One loss over both batches, so that the learner's accumulation is compared too.
+        for parameter, value in zip(model.parameters(), parameters, strict=True):
+            parameter.data.copy_(value)
+        model.zero_grad()
+        loss = sum((batch.token_weights * -Policy(model)(batch, FULL_DISTRIBUTION).logprobs).sum() for batch in batches)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+        rate = 1e-2 * step / 4
+        for index, gradient in enumerate(gradients):
+            clipped = gradient * min(1.0, max_grad_norm / (norm + 1e-6))
+            first[index] = 0.8 * first[index] + 0.2 * clipped
+            second[index] = 0.9 * second[index] + 0.1 * clipped.square()
+            change = first[index] / (1 - 0.8**step) / ((second[index] / (1 - 0.9**step)).sqrt() + 1e-8)
+            parameters[index] = parameters[index] * (1 - rate * 0.1) - rate * change
+
+        losses = [learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs) for batch in batches]
+        metrics = learner.optim_step()
+
+        assert sum(losses) == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics == {"grad_norm": pytest.approx(norm, rel=1e-4), "learning_rate": pytest.approx(rate)}
+        assert (norm > max_grad_norm) == (max_grad_norm == 1e-2)
+        # Adam divides by the gradient's size: where a gradient is about its rounding error, so is the direction of the step.
+        for found, expected, gradient in zip(learner.model.parameters(), parameters, gradients, strict=True):
+            clear = gradient.abs() > 1e-4 * gradient.abs().max()
+            torch.testing.assert_close(found.detach()[clear], expected[clear], rtol=0, atol=rate * 1e-2)
+        parameters = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    assert learner.policy_version == 2
+
+
+def test_a_step_on_the_loss_lowers_it(batches, make_model):
+    learner = Learner(make_model(), config=config(learning_rate=1e-3), num_steps=3)
+    losses = []
+    for _ in range(3):
+        losses.append(sum(learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs) for batch in batches))
+        learner.optim_step()
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_the_gradient_is_cleared_after_a_step(batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    learner.optim_step()
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+
+def test_policy_version_counts_updates_and_not_batches(batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    assert learner.policy_version == 0
+    for batch in batches:
+        learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs)
+    assert learner.policy_version == 0
+    learner.optim_step()
+    assert learner.policy_version == 1
+
+
+def test_logprobs_carry_no_gradient_and_equal_those_of_the_step(batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    allowed = torch.arange(learner.model.config.text_config.vocab_size) < 300
+    distribution = Distribution(temperature=0.7, allowed=allowed)
+    outputs = learner.logprobs(batches[0], distribution)
+    assert not outputs.logprobs.requires_grad
+    seen = []
+
+    def loss(outputs):
+        seen.append(outputs)
+        return -outputs.logprobs
+
+    value = learner.forward_backward(batches[0], distribution, loss)
+    assert torch.equal(seen[0].logprobs.detach(), outputs.logprobs)
+    assert torch.equal(seen[0].entropy, outputs.entropy)
+    assert value == pytest.approx(float((batches[0].token_weights * -outputs.logprobs).sum()))
+    plain = learner.logprobs(batches[0], FULL_DISTRIBUTION)
+    assert not torch.allclose(plain.logprobs, outputs.logprobs, atol=1e-3)
+    assert (plain.entropy > outputs.entropy).all()
+
+
+# ---------------------------------------------------------------- frozen parts
+
+
+@pytest.mark.parametrize("frozen", [("vision",), ("merger",), ("language",), ("vision", "merger"), ()])
+def test_frozen_parts_do_not_move_and_the_others_do(frozen, batches, make_model):
+    learner = Learner(make_model(), config=config(freeze=frozen, weight_decay=0.1), num_steps=3)
+    before = weights(learner)
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    learner.optim_step()
+    after = weights(learner)
+    moved = {
+        part: [not torch.equal(before[name], after[name]) for name in before if part_of(name) == part]
+        for part in ("vision", "merger", "language")
+    }
+    for part, changes in moved.items():
+        assert any(changes) == all(changes) == (part not in frozen), part
+
+
+def test_a_learner_with_every_part_frozen_is_refused(make_model):
+    with pytest.raises(ValueError, match=r"learner\.freeze names every part of the model: nothing is left to train"):
+        Learner(make_model(), config=config(freeze=("vision", "merger", "language")), num_steps=3)
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_changes_nothing(value, batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    before = weights(learner)
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    with pytest.raises(NonFiniteError, match=rf"the loss of update 1 is -?{value}: the step is dropped, weights are unchanged"):
+        learner.forward_backward(batches[1], FULL_DISTRIBUTION, lambda outputs: outputs.logprobs * value)
+    assert learner.policy_version == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner).items())
+    # The gradient of the batch before is dropped with the step.
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    before = weights(learner)
+    # The value is 0, the slope of the root at 0 is infinite.
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, lambda outputs: (outputs.logprobs - outputs.logprobs.detach()).sqrt())
+    with pytest.raises(NonFiniteError, match=r"the gradient norm of update 1 is (nan|inf): the step is dropped, weights are unchanged"):
+        learner.optim_step()
+    assert learner.policy_version == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner).items())
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    assert math.isfinite(learner.optim_step()["grad_norm"])
+    assert learner.policy_version == 1
+
+
+# ---------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.5, 1.0, 1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5)), 0.2]),
+    ],
+)
+def test_learning_rates(schedule, expected):
+    # Two updates of warm-up, then four that fall from the peak of 2 to a fifth of it.
+    settings = LearnerConfig(learning_rate=2.0, warmup_steps=2, schedule=schedule, final_learning_rate_frac=0.2)
+    assert [scheduled_learning_rate(settings, step, 6) for step in range(7)] == pytest.approx([2.0 * share for share in expected])
+
+
+def test_the_learning_rate_stays_at_its_end_and_bears_a_warm_up_as_long_as_the_run():
+    settings = LearnerConfig(learning_rate=1.0, warmup_steps=3, schedule="linear", final_learning_rate_frac=0.1)
+    assert scheduled_learning_rate(settings, 100, 6) == pytest.approx(0.1)
+    assert [scheduled_learning_rate(settings, step, 3) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
