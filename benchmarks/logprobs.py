@@ -39,7 +39,7 @@ class Size:
 
 
 NANO = Size(name="nano", tokens=2000, hidden=128, vocabulary=448, pairs=15)
-FULL = Size(name="full", tokens=512, hidden=1024, vocabulary=151_936, pairs=3)
+FULL = Size(name="full", tokens=512, hidden=1024, vocabulary=151_936, pairs=5)
 QUICK = Size(name="quick", tokens=128, hidden=256, vocabulary=32_768, pairs=3)
 
 

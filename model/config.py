@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field
 Part = Literal["vision", "merger", "language"]
 """Parts of a Qwen3-VL that freeze on their own: the tower, its mergers (DeepStack's too), the language model with its head."""
 
+DType = Literal["float32", "bfloat16"]
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys are errors."""
+    """Base of all settings: frozen; unknown keys are errors, and so are numbers that are infinite or nan."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class NanoConfig(Settings):
@@ -54,7 +56,7 @@ class LearnerConfig(Settings):
     """Unique tokens of one micro-batch, images expanded; bounds memory, never changes the gradient."""
     gradient_checkpointing: bool = False
     freeze: tuple[Part, ...] = ()
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
 
 
 class SamplerConfig(Settings):

@@ -144,7 +144,9 @@ class Learner:
         learning_rate = scheduled_learning_rate(self.config, self.policy_version, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm))
+        clipped = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        assert clipped is not None, "only DeepSpeed clips on its own and returns nothing"
+        norm = float(clipped)
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise NonFiniteError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,8 @@ SUPPORTED_MODEL_TYPES = ("qwen3_vl",)
 def load_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """Returns the model with packed attention in its language part; weights that do not match the class are an error."""
     # transformers' own model calls a wrong class "some weights were not used" and trains random weights (QwenLM/Qwen3-VL issue 1690).
-    model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    model, report = loaded
     wrong = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]}
     if wrong:
         raise DataError(f"{source}: the weights do not fit {type(model).__name__}: {wrong}; the run would train random weights")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TOKEN_BLOCK = 2048
-VOCABULARY_BLOCK = 16384
+VOCABULARY_BLOCK = 32768
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -53,6 +53,8 @@ def weigh(families: Sequence[Sequence[TrainSequence[Targets]]], weighting: Token
     With x trained tokens in a sequence, a token's weight is proportional to 1 (`token`), 1 / sqrt(x) (`sqrt`; InternVL2.5's square
     averaging, arXiv:2412.05271) or 1 / x (`sequence`: mean over tokens, then over sequences).
     """
+    if not any(sequence.num_trained_tokens for family in families for sequence in family):
+        raise ValueError("no sequence of the step has a trained token: its loss has no value; drop such rows")
     exponent = {"token": 0.0, "sqrt": 0.5, "sequence": 1.0}[weighting]
     total = sum(s.num_trained_tokens ** (1.0 - exponent) for family in families for s in family if s.num_trained_tokens)
     return [[Weighted(sequence=s, token_weight=max(s.num_trained_tokens, 1) ** -exponent / total) for s in family] for family in families]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,10 +74,9 @@ class ImagePart:
         """Returns the part for an image file; a missing or corrupt file is a `DataError` that names it."""
         try:
             content = path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{path}: the image cannot be read ({error.strerror}); give a path that exists, relative to the data file"
-            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{path}: the image cannot be read ({reason}); give a path that exists, relative to the data file") from error
         return cls.from_bytes(content, str(path))
 
     def __eq__(self, other: object) -> bool:
@@ -104,8 +104,8 @@ class VideoPart:
             raise DataError(
                 f"video with {len(frames)} frames and {len(frame_indices)} frame_indices: give at least one frame and one index for each"
             )
-        if fps <= 0:
-            raise DataError(f"video fps = {fps}: must be above 0, timestamps are index / fps")
+        if not 0 < fps < math.inf:
+            raise DataError(f"video fps = {fps}: must be finite and above 0, timestamps are index / fps")
         if len({frame.size for frame in frames}) != 1:
             raise DataError(f"video frames of sizes {sorted({frame.size for frame in frames})}: all frames of one video must have one size")
         rgb = tuple(frame.convert("RGB") for frame in frames)

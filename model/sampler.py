@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .chat import Chat, EncodedPrompt, check_fits, video_metadata
 from .checkpoint import isolated_rng
-from .config import ENGINE_ENVIRONMENT, SamplerConfig
+from .config import ENGINE_ENVIRONMENT, DType, SamplerConfig
 from .records import ImagePart, Rollout, VideoPart, VlpostError
 
 
@@ -64,7 +64,7 @@ class VllmSampler:
     """vLLM inside this process; a context manager that ends the engine."""
 
     def __init__(
-        self, model_folder: Path, *, chat: Chat, config: SamplerConfig, allowed: Tensor, stop_token_ids: Sequence[int], dtype: str
+        self, model_folder: Path, *, chat: Chat, config: SamplerConfig, allowed: Tensor, stop_token_ids: Sequence[int], dtype: DType
     ) -> None:
         wrong = {name: os.environ.get(name) for name, value in ENGINE_ENVIRONMENT.items() if os.environ.get(name) != value}
         if wrong:

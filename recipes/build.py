@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.chat import Chat, allowed_token_mask
-from ..model.config import NanoConfig, SamplerConfig
+from ..model.config import DType, NanoConfig, SamplerConfig
 from ..model.learner import Distribution
 from ..model.loading import load_model, load_processor
 from ..model.nano import build_nano
@@ -62,7 +62,7 @@ class Workshop:
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.close()
 
-    def load(self, config: ModelConfig, *, dtype: str, seed: int) -> LoadedModel:
+    def load(self, config: ModelConfig, *, dtype: DType, seed: int) -> LoadedModel:
         """Returns the model that a recipe names; a nano is built on first use."""
         source = self._source(config, seed)
         chat = Chat(load_processor(source))
@@ -94,7 +94,7 @@ class Workshop:
             )
         return folder
 
-    def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: str) -> VllmSampler:
+    def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: DType) -> VllmSampler:
         """Returns an engine for models of this architecture; its weights are whatever was published last: publish before use."""
         architecture = loaded.model.config.to_diff_dict()
         key = (repr(sorted(architecture.items(), key=str)), config.model_copy(update={"temperature": 1.0}), dtype)
@@ -119,7 +119,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
-def learner_dtype(recipe: StageConfig) -> str:
+def learner_dtype(recipe: StageConfig) -> DType:
     """Returns the dtype that learner and engine both compute in."""
     learner = getattr(recipe, "learner", None)
     return learner.dtype if learner is not None else "float32"

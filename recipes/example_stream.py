@@ -102,7 +102,8 @@ def read_jsonl(path: Path, *, source: str) -> list[Example]:
     Raises `DataError` with file, line and what to do.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON text may hold U+2028 and other characters that it takes for line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the data file cannot be read ({error})") from error
     rows = [_read_row(line, path, number, source) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -123,7 +124,10 @@ def _read_row(line: str, path: Path, number: int, source: str) -> Example:
     place = f"{path}, line {number}"
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: text with half of a surrogate pair ({error}); write the whole character") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row is an object with {', '.join(_ROW_KEYS)}, this is {type(row).__name__}")
@@ -133,6 +137,8 @@ def _read_row(line: str, path: Path, number: int, source: str) -> Example:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{place}: messages must be a list with at least one message")
+    if isinstance(row.get("id", ""), bool) or not isinstance(row.get("id", ""), str | int):
+        raise DataError(f"{place}: id = {row['id']!r} is {type(row['id']).__name__}, must be str or int")
     for key, allowed in (("answer", str), ("task", str), ("metadata", dict)):
         if key in row and not isinstance(row[key], allowed):
             raise DataError(f"{place}: {key} = {row[key]!r} is {type(row[key]).__name__}, must be {allowed.__name__}")
@@ -173,9 +179,10 @@ def _read_image(image: str, place: str, folder: Path) -> ImagePart:
     if image.startswith("data:"):
         _, _, encoded = image.partition(";base64,")
         try:
-            return ImagePart.from_bytes(base64.b64decode(encoded, validate=True), f"{place}, data URL")
+            content = base64.b64decode(encoded.encode(), validate=True)
         except binascii.Error as error:
             raise DataError(f"{place}: the data URL is not base64 ({error})") from error
+        return ImagePart.from_bytes(content, f"{place}, data URL")
     try:
         return ImagePart.from_file(folder / image)
     except DataError as error:
@@ -183,13 +190,19 @@ def _read_image(image: str, place: str, folder: Path) -> ImagePart:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Returns a short hash of ids, text, images and answers: equal data, equal hash."""
+    """Returns a short hash of all that the examples hold, pixels too: equal data, equal hash."""
     hasher = hashlib.sha256()
     for example in examples:
         described: Mapping[str, Any] = {
             "id": example.id,
-            "messages": [[m.role, m.text, [part.digest for part in m.media]] for m in example.messages],
+            "messages": [
+                [m.role, [["text", part.text] if isinstance(part, TextPart) else ["media", part.digest] for part in m.parts]]
+                for m in example.messages
+            ],
             "answer": example.answer,
+            "task": example.task,
+            "source": example.source,
+            "metadata": example.metadata,
         }
-        hasher.update(json.dumps(described, ensure_ascii=False).encode())
+        hasher.update(json.dumps(described, ensure_ascii=False, sort_keys=True).encode())
     return hasher.hexdigest()[:16]

@@ -244,7 +244,9 @@ def _mix(tasks: tuple[tuple[str, float], ...], languages: tuple[str, ...]) -> _M
     for name in languages:
         _check_name("language", name, LANGUAGES)
     shares = dict(tasks)
-    cells = tuple((kind, language) for kind in TASK_KINDS if kind in shares for language in LANGUAGES if language in languages)
+    cells: tuple[tuple[TaskKind, Language], ...] = tuple(
+        (kind, language) for kind in TASK_KINDS if kind in shares for language in LANGUAGES if language in languages
+    )
     sums = list(accumulate(shares[kind] for kind, _ in cells))
     return _Mix(cells=cells, ends=(*(int(end / sums[-1] * _CIRCLE) for end in sums[:-1]), _CIRCLE))
 

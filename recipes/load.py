@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -15,6 +17,8 @@ from ..model.records import VlpostError
 from .schema import ChainRecipe, EvaluateRecipe, Recipe, RlRecipe, SftRecipe
 
 _STAGE_CLASSES: dict[str, type[BaseModel]] = {"sft": SftRecipe, "rl": RlRecipe, "evaluate": EvaluateRecipe}
+_CHAIN_KEYS = ("method", "output", "common", "stages")
+_SET_BY_CHAIN = ("name", "output")
 _MAX_RECIPE_BYTES = 256 * 1024
 
 
@@ -65,6 +69,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         recipe = TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(path, problem, values) for problem in error.errors())) from error
+    if not isinstance(recipe, ChainRecipe) and recipe.model.stage is not None:
+        raise RecipeError(f"{path}: model.stage = {recipe.model.stage!r}: only a stage of a chain has an earlier stage; give model.path")
     return LoadedRecipe(path=path, recipe=recipe, origins=origins)
 
 
@@ -79,19 +85,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         values = _parse(content)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this is {type(values).__name__}")
     return values, dict.fromkeys(_leaves(values), "recipe")
 
 
 def _parse(text: str | bytes) -> Any:  # noqa: ANN401
-    loader = _StrictLoader(text)
     try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+        loader = _StrictLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except RecipeError:
+        raise
+    # Beside its own errors PyYAML lets through what its constructors meet: month 13, `!!bool maybe`, `!!timestamp x`, deep nesting.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise RecipeError(f"not YAML that a recipe may hold: {error}") from error
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -108,8 +118,8 @@ def _apply_override(values: dict[str, Any], origins: dict[str, str], override: s
         raise RecipeError(f"{override!r} on the command line: write key=value, e.g. seed=1 or stages.sapo.rl.num_steps=20")
     try:
         value = _parse(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{override!r} on the command line: the value is not YAML: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{override!r} on the command line: {error}") from error
     target = values
     *parents, last = key.split(".")
     for parent in parents:
@@ -126,37 +136,58 @@ def _apply_override(values: dict[str, Any], origins: dict[str, str], override: s
 
 def _expand_chain(values: dict[str, Any], origins: dict[str, str], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Lays `common` under every stage and gives each its name and folder."""
-    common = values.get("common", {})
-    stages = values.get("stages", {})
-    if not isinstance(common, dict) or not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise RecipeError(f"{path}: `common` is a mapping and `stages` maps names to stages")
+    common, stages = _chain_parts(values, path)
     used: set[str] = set()
     expanded: dict[str, Any] = {}
     for name, stage in stages.items():
-        known = _STAGE_CLASSES.get(str(stage.get("method")))
-        fields = set(known.model_fields) if known else set()
+        fields = _fields_of_method(stage)
         inherited = {key: value for key, value in common.items() if key in fields}
         used |= set(inherited)
         if "model" in stage:  # one source of weights replaces the other, they do not merge
             inherited.pop("model", None)
         merged = _merge(inherited, stage)
         for key in _leaves(inherited):
-            origins.setdefault(f"stages.{name}.{key}", "common")
+            origin = origins.get(f"common.{key}")
+            origins.setdefault(f"stages.{name}.{key}", "common" if origin == "recipe" else "command line")
         for key, value in (("name", name), ("output", str(Path(str(values.get("output", ""))) / name))):
-            if key in stage:
-                raise RecipeError(f"{path}: stages.{name}.{key} is set by the chain; remove it")
             merged[key] = value
             origins[f"stages.{name}.{key}"] = "chain"
         expanded[name] = merged
     unused = sorted(set(common) - used)
-    if unused:
-        raise RecipeError(f"{path}: common.{unused[0]} is read by no stage; remove it{_nearest(unused[0], _stage_keys())}")
+    if unused and all(_fields_of_method(stage) for stage in stages.values()):
+        allowed = sorted({field for stage in stages.values() for field in _fields_of_method(stage)} - {"method", *_SET_BY_CHAIN})
+        raise RecipeError(f"{path}: common.{unused[0]} is read by no stage; remove it{_nearest(unused[0], allowed)}")
     kept = {key: origin for key, origin in origins.items() if not key.startswith("common.")}
     return {**{key: value for key, value in values.items() if key != "common"}, "stages": expanded}, kept
 
 
-def _stage_keys() -> list[str]:
-    return sorted({field for known in _STAGE_CLASSES.values() for field in known.model_fields})
+def _chain_parts(values: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Returns `common` and `stages` of a chain, in whose keys nothing is wrong."""
+    unknown = [key for key in values if key not in _CHAIN_KEYS]
+    if unknown:
+        raise RecipeError(f"{path}: {unknown[0]}: unknown key{_nearest(str(unknown[0]), _CHAIN_KEYS)}")
+    common = values.get("common", {})
+    stages = values.get("stages", {})
+    if not isinstance(common, dict) or not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise RecipeError(f"{path}: `common` is a mapping and `stages` maps names to stages")
+    if not all(isinstance(key, str) for key in common):
+        raise RecipeError(f"{path}: common: {next(key for key in common if not isinstance(key, str))!r} is no key; keys are words")
+    for name, stage in stages.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise RecipeError(f"{path}: stages: {name!r}: a stage's name is its folder's too; use letters, digits, _ and -")
+        for key in _SET_BY_CHAIN:
+            if key in stage:
+                raise RecipeError(f"{path}: stages.{name}.{key} is set by the chain; remove it")
+    for key in ("method", *_SET_BY_CHAIN):
+        if key in common:
+            raise RecipeError(f"{path}: common.{key}: every stage has its own; remove it")
+    return common, stages
+
+
+def _fields_of_method(stage: Mapping[str, Any]) -> set[str]:
+    """Returns the keys of the stage's method, none when the recipe names no known one."""
+    known = _STAGE_CLASSES.get(str(stage.get("method")))
+    return set(known.model_fields) if known else set()
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,58 +200,82 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _explain(path: Path, problem: Any, values: Mapping[str, Any]) -> str:  # noqa: ANN401
     """Returns one line for a pydantic problem: file, dotted key, value, what is allowed, nearest name."""
-    location = _without_union_tags(problem["loc"], values)
-    key = ".".join(map(str, location))
+    key, siblings, discriminator = _place(problem["loc"], values)
+    place = f"{path}: {key}" if key else str(path)
     if problem["type"] == "extra_forbidden":
-        siblings = _known_keys(location[:-1], values)
-        return f"{path}: {key}: unknown key{_nearest(str(location[-1]), siblings)}"
+        return f"{place}: unknown key{_nearest(str(problem['loc'][-1]), siblings)}"
     if problem["type"] == "missing":
-        return f"{path}: {key}: missing; add it"
+        return f"{place}: missing; add it"
+    if problem["type"] == "union_tag_not_found":
+        unknown = [str(name) for name in problem["input"] if name not in siblings] if isinstance(problem["input"], dict) else []
+        listed = "".join(f"; unknown key {name}{_nearest(name, siblings)}" for name in unknown)
+        return f"{place}: {discriminator} is missing; it says which keys there are{listed}"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{place}: {discriminator} = {context['tag']!r}: must be one of {context['expected_tags']}"
     shown = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
-    return f"{path}: {key}{shown}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{place}{shown}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 _DISCRIMINATORS = ("method", "use", "name")
 
 
-def _without_union_tags(location: Sequence[Any], values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Returns the location as the user's keys; pydantic also lists, on entering a union, which member it took."""
-    kept: list[Any] = []
-    at: Any = values
-    is_entered = True
-    for part in location:
-        if is_entered and isinstance(at, dict):
-            is_entered = False
-            tag = next((at[name] for name in _DISCRIMINATORS if name in at), None)
-            if part == tag:
-                continue
-        kept.append(part)
-        if isinstance(at, dict):
-            at = at.get(part)
-        elif isinstance(at, list) and isinstance(part, int) and part < len(at):
-            at = at[part]
-        is_entered = True
-    return tuple(kept)
+def _place(location: Sequence[Any], values: Mapping[str, Any]) -> tuple[str, list[str], str]:
+    """Returns the user's dotted key of a problem, the keys allowed beside it, and the key that tells the members of its union apart.
+
+    Pydantic also lists, on entering a union of settings, which member it took.
+    """
+    kept: list[str] = []
+    annotation: Any = ChainRecipe if values.get("method") == "chain" else _STAGE_UNION
+    siblings = _models(annotation)
+    parts = list(location[1:] if values.get("method") == "chain" else location)
+    while parts:
+        part = parts.pop(0)
+        members = _models(annotation)
+        chosen = [model for model in members if part in _tags(model)] if len(members) > 1 else members
+        if len(members) > 1 and chosen:
+            annotation = chosen[0]
+            siblings = chosen
+            continue
+        kept.append(str(part))
+        siblings = members
+        annotation = _below(annotation, part)
+    if _models(annotation):  # the problem is of these settings, not of one of their keys
+        siblings = _models(annotation)
+    tag = next((name for name in _DISCRIMINATORS if siblings and all(name in model.model_fields for model in siblings)), "")
+    return ".".join(kept), sorted({field for model in siblings for field in model.model_fields}), tag
 
 
-def _known_keys(location: Sequence[Any], values: Mapping[str, Any]) -> list[str]:
-    """Returns the keys that the settings at `location` have, over all members of a union."""
-    method = values.get("method")
-    at: list[Any] = [ChainRecipe] if method == "chain" else [_STAGE_CLASSES.get(str(method), SftRecipe)]
-    value: Any = values
-    for part in location:
-        value = value.get(part) if isinstance(value, dict) else None
-        models = [model for candidate in at for model in _models(candidate)]
-        if any(part in model.model_fields for model in models):
-            at = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-        # otherwise `part` is a key of a mapping: its values' types are already among the models
-    return sorted({field for candidate in at for model in _models(candidate) for field in model.model_fields})
+_STAGE_UNION: Any = SftRecipe | RlRecipe | EvaluateRecipe | ChainRecipe
+
+
+def _members(annotation: Any) -> list[Any]:  # noqa: ANN401
+    """Returns the alternatives of a union, or the annotation alone."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for argument in get_args(annotation) for member in _members(argument)]
+    return [annotation]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
+    return [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """Returns the values of the key by which a recipe picks these settings in a union."""
+    fields = [model.model_fields[name].annotation for name in _DISCRIMINATORS if name in model.model_fields]
+    return next((get_args(annotation) for annotation in fields if get_origin(annotation) is Literal), ())
+
+
+def _below(annotation: Any, part: Any) -> Any:  # noqa: ANN401
+    """Returns what the value under a key or index may be, None where the settings do not say."""
+    for member in _members(annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel) and part in member.model_fields:
+            return member.model_fields[part].annotation
+        if get_origin(member) is dict:
+            return get_args(member)[1]
+    return None
 
 
 def _nearest(name: str, allowed: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..model.config import ENGINE_ENVIRONMENT
 from ..model.records import VlpostError
 from .load import LoadedRecipe, load_recipe
-from .schema import ChainRecipe, EvaluateRecipe
+from .schema import ChainRecipe, EvaluateRecipe, RlRecipe, SftRecipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +48,14 @@ def _parser() -> argparse.ArgumentParser:
 def _show(parsed: argparse.Namespace) -> int:
     from .show import resolved_lines
 
-    for line in resolved_lines(load_recipe(parsed.recipe, parsed.overrides)):
-        print(line)
+    lines = list(resolved_lines(load_recipe(parsed.recipe, parsed.overrides)))
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has read enough. What is still buffered has to go somewhere at exit: not into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -82,7 +88,7 @@ def _run(parsed: argparse.Namespace) -> int:
     return run_recipe(loaded, resume=parsed.resume, allow_code=parsed.allow_code)
 
 
-def stages(loaded: LoadedRecipe) -> list[tuple[str, object]]:
+def stages(loaded: LoadedRecipe) -> list[tuple[str, SftRecipe | RlRecipe | EvaluateRecipe]]:
     """Returns (name, stage) of a chain, or the one stage."""
     recipe = loaded.recipe
     return list(recipe.stages.items()) if isinstance(recipe, ChainRecipe) else [(recipe.method, recipe)]

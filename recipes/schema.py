@@ -76,9 +76,17 @@ class EvaluateConfig(Settings):
     num_examples: int = Field(default=200, ge=1)
     num_samples: int = Field(default=8, ge=1)
     """Responses to each example; accuracy is their mean, pass@k counts an example as solved when one of them is right."""
-    temperatures: tuple[float, ...] = (1.0,)
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
     """Accuracy and pass@k at each."""
     greedy: bool = True
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> EvaluateConfig:
+        if not self.temperatures and not self.greedy:
+            raise ValueError("temperatures is empty and greedy is false: nothing would be drawn; give a temperature or greedy: true")
+        if len({f"{temperature:g}" for temperature in self.temperatures}) < len(self.temperatures):
+            raise ValueError(f"temperatures = {list(self.temperatures)}: each may stand once, to 6 digits: results are named after them")
+        return self
 
 
 class ValidationConfig(EvaluateConfig):
@@ -131,6 +139,8 @@ class SftRecipe(TrainStageConfig):
     def _plateau_needs_validation(self) -> SftRecipe:
         if self.sft.plateau is not None and self.validation is None:
             raise ValueError("sft.plateau needs validation: it watches the validation accuracy")
+        if self.sft.plateau is not None and self.validation is not None and not self.validation.temperatures:
+            raise ValueError("sft.plateau needs a temperature in validation.temperatures: it watches the accuracy at the first")
         return self
 
 
