@@ -23,7 +23,7 @@ install:
 	@bash install/install.sh
 
 quickstart: install
-	.venv/bin/vlpost run recipes/quickstart.yaml
+	.venv/bin/vlpost run recipes/quickstart.yaml --resume
 
 # The program, not `python -m pytest`: that puts the checkout on sys.path, where `import model` finds a second copy of everything.
 test: install

@@ -20,7 +20,7 @@ SUPPORTED_MODEL_TYPES = ("qwen3_vl",)
 def load_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """Returns the model with packed attention in its language part; weights that do not match the class are an error."""
     # transformers' own model calls a wrong class "some weights were not used" and trains random weights (QwenLM/Qwen3-VL issue 1690).
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True, use_safetensors=True)
     model, report = loaded
     wrong = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]}
     if wrong:

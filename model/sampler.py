@@ -82,6 +82,7 @@ class VllmSampler:
             self._llm = LLM(
                 model=str(model_folder),
                 dtype=dtype,
+                load_format="safetensors",
                 max_model_len=config.max_model_len,
                 max_num_seqs=config.max_num_seqs,
                 gpu_memory_utilization=config.gpu_memory_utilization,

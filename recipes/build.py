@@ -19,7 +19,7 @@ from ..model.loading import load_model, load_processor
 from ..model.nano import build_nano
 from ..model.records import DataError
 from ..model.sampler import VllmSampler
-from .schema import ModelConfig, StageConfig
+from .schema import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,9 +117,3 @@ class Workshop:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Returns the number of rows of the output head, which may exceed what the tokenizer knows."""
     return model.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-
-
-def learner_dtype(recipe: StageConfig) -> DType:
-    """Returns the dtype that learner and engine both compute in."""
-    learner = getattr(recipe, "learner", None)
-    return learner.dtype if learner is not None else "float32"

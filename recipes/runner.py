@@ -13,7 +13,7 @@ from ..model.learner import Learner
 from ..model.parity import check_parity
 from ..model.records import VlpostError
 from ..model.weight_sync import publish
-from .build import Workshop, learner_dtype
+from .build import Workshop
 from .example_stream import open_stream
 from .interrupt import Interrupt, StopRequestedError
 from .load import LoadedRecipe
@@ -94,7 +94,7 @@ def check_engine(loaded: LoadedRecipe) -> str:
     source = stage.model
     if source.stage is not None:  # the export does not exist yet: the chain's own start model stands in for it
         source = next(earlier.model for _, earlier in _stages(loaded) if earlier.model.stage is None)
-    dtype = learner_dtype(stage)
+    dtype = stage.learner.dtype
     with Workshop(loaded.recipe.output / "check", exports={}) as workshop:
         model = workshop.load(source, dtype=dtype, seed=stage.seed)
         sampler = workshop.engine(model, stage.sampler, dtype=dtype)

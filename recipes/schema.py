@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..model.config import LearnerConfig, NanoConfig, ParityConfig, SamplerConfig, Settings
+from ..model.config import DType, LearnerConfig, NanoConfig, ParityConfig, SamplerConfig, Settings
 from ..rewards.config import RewardsConfig
 from ..rl.config import RlConfig
 from ..sft.config import SftConfig
@@ -150,6 +150,15 @@ class RlRecipe(TrainStageConfig):
     method: Literal["rl"]
     rl: RlConfig
 
+    @model_validator(mode="after")
+    def _rollouts_fit_a_batch(self) -> RlRecipe:
+        if self.sampler.max_model_len > self.learner.token_budget:
+            raise ValueError(
+                f"sampler.max_model_len = {self.sampler.max_model_len} is above learner.token_budget = {self.learner.token_budget}: "
+                "a rollout of that length could not be trained on"
+            )
+        return self
+
 
 class EvaluateRecipe(StageConfig):
     """Measuring a model on held-out data."""
@@ -157,6 +166,8 @@ class EvaluateRecipe(StageConfig):
     method: Literal["evaluate"]
     data: DataConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    dtype: DType = "float32"
+    """Of the engine's weights and arithmetic."""
 
 
 LeafRecipe = Annotated[SftRecipe | RlRecipe | EvaluateRecipe, Field(discriminator="method")]

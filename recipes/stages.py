@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,16 +32,12 @@ from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
 from ..rl.train import RlStage
 from ..sft.train import SftStage
-from .build import LoadedModel, Workshop, learner_dtype
+from .build import LoadedModel, Workshop
 from .evaluate import evaluate
 from .example_stream import ExampleStream, fingerprint, open_stream
 from .interrupt import Interrupt, StopRequestedError
 from .run_log import RunLog
 from .schema import EvaluateRecipe, RlRecipe, SftRecipe
-
-LOGGER = logging.getLogger(__name__)
-
-SFT_DISTRIBUTION_TEMPERATURE = 1.0
 
 
 class ResumeError(VlpostError):
@@ -307,9 +302,8 @@ def _at_plateau(training: _Training) -> bool:
 
 def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog) -> dict[str, float]:
     """Measures a model and writes `evaluation.json` in the stage's folder; returns what it holds."""
-    dtype = learner_dtype(recipe)
-    loaded = workshop.load(recipe.model, dtype=dtype, seed=recipe.seed)
-    sampler = workshop.engine(loaded, recipe.sampler, dtype=dtype)
+    loaded = workshop.load(recipe.model, dtype=recipe.dtype, seed=recipe.seed)
+    sampler = workshop.engine(loaded, recipe.sampler, dtype=recipe.dtype)
     sampler.load_weights(hub_weights(loaded.model), policy_version=0)
     examples = open_stream(recipe.data, seed=0, with_solution=False).examples(0, recipe.evaluate.num_examples)
     with RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code) as rewards:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..model.chat import Chat
+from ..model.chat import Chat, check_fits
 from ..model.learner import FULL_DISTRIBUTION, Learner, TokenLogprobs
 from ..model.metrics import merge, total
 from ..model.packing import pack, weigh
@@ -32,7 +32,7 @@ class SftStage:
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
         """Does one optimizer update on the examples and returns the step's metrics."""
         start = time.perf_counter()
-        families = [[supervised_sequence(example, self.chat)] for example in examples]
+        families = [[self._sequence(example)] for example in examples]
         batches = pack(weigh(families, self.config.weighting), media=self.chat, token_budget=self.learner.config.token_budget)
         loss = sum(self.learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs) for batch in batches)
         update = self.learner.optim_step()
@@ -42,6 +42,11 @@ class SftStage:
             [{"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))} for batch in batches]
         )
         return {"loss": loss, **update, **counts, "time/step_s": seconds, "time/tokens_per_s": num_tokens / seconds}
+
+    def _sequence(self, example: Example) -> TrainSequence[NoTargets]:
+        sequence = supervised_sequence(example, self.chat)
+        check_fits(len(sequence.token_ids), limit=self.learner.config.token_budget, place=f"example {example.id}, learner.token_budget")
+        return sequence
 
 
 def negative_logprobs(outputs: TokenLogprobs) -> Tensor:

@@ -116,13 +116,3 @@ def test_the_recipe_file_and_show_agree_on_every_value_of_the_quickstart():
         assert resolved[key] == value, key
         assert loaded.origins[key] == "recipe", key
     assert {loaded.origins.get(key, "default") for key in resolved} == {"recipe", "common", "chain", "default"}
-
-
-def test_nothing_that_is_shown_as_default_was_given(shown):
-    text = CHAIN.replace("beta2", "")
-    given = {key.rpartition(".")[2] for key, _ in flat_values(yaml.safe_load(text))}
-    defaults = {key for key, (_, origin) in shown().items() if origin == "default"}
-    assert defaults
-    assert {key for key in defaults if key.rpartition(".")[2] in given} == {
-        "stages.exam.model.nano.size" if "stages.exam.model.nano.size" in defaults else "stages.sft.model.stage"
-    }
