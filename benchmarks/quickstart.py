@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 QUICK = (
     "stages.sft.sft.num_steps=20",
-    "stages.sft.validation.every=10",
-    "stages.sft.validation.num_examples=8",
+    "common.validation.every=4",
+    "common.validation.num_examples=8",
     "stages.sapo.rl.num_steps=4",
     "stages.evaluate_sft.evaluate.num_examples=16",
     "stages.evaluate_sapo.evaluate.num_examples=16",
@@ -49,7 +49,7 @@ def continue_sft(folder: Path, seed: int, quick: bool) -> dict[str, float]:
     """Trains the SFT export on for as long as SAPO took, on the same 200 examples, and returns its test evaluation."""
     metrics = lines(folder / "metrics.jsonl")
     phases = ("time/rollout_s", "time/reward_s", "time/update_s", "time/publish_s")
-    sapo_s = sum(m["values"][name] for m in metrics if m["phase"] == "sapo" for name in phases)
+    sapo_s = sum(m["values"].get(name, 0.0) for m in metrics if m["phase"] == "sapo" for name in phases)
     sft_steps = [m["values"]["time/step_s"] for m in metrics if m["phase"] == "sft" and "time/step_s" in m["values"]]
     num_steps = max(1, round(sapo_s / (sum(sft_steps) / len(sft_steps))))
     recipe = folder / "continued.yaml"
@@ -62,7 +62,7 @@ def continue_sft(folder: Path, seed: int, quick: bool) -> dict[str, float]:
         f"stages.sft.model={{path: {folder / 'sft' / 'export'}}}",
         f"stages.sft.sft.num_steps={num_steps}",
         "stages.sft.sft.plateau=null",
-        "stages.sft.validation=null",
+        "common.validation=null",
         "stages.sft.learner.warmup_steps=0",
     ]
     if quick:
@@ -94,7 +94,7 @@ def measure_seed(folder: Path, seed: int, quick: bool) -> dict[str, float]:
         "sft_continued_greedy": continued["greedy"],
         "gate_max_gap": max(gates),
         "num_gates": len(gates),
-        "steps_max_gap": max(steps),
+        "steps_max_gap": max(steps, default=0.0),
     }
 
 

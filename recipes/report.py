@@ -33,10 +33,10 @@ class Panel:
 
 PANELS = (
     Panel(metric="loss", title="Training loss", unit="nats per token"),
-    Panel(metric="accuracy", title="Validation accuracy", unit="share right"),
+    Panel(metric="validation/accuracy", title="Validation accuracy", unit="mean reward, held out"),
     Panel(metric="reward", title="Reward", unit="mean over responses"),
     Panel(metric="entropy", title="Entropy", unit="nats per token"),
-    Panel(metric="mismatch_kl_k3", title="KL of engine and trainer", unit="nats per token"),
+    Panel(metric="engine_kl_k3", title="KL of engine and trainer", unit="nats per token"),
     Panel(metric="response_tokens", title="Response length", unit="tokens"),
 )
 """In drawing order; a panel without a value is left out."""

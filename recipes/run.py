@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..model.config import ENGINE_ENVIRONMENT
@@ -48,7 +48,12 @@ def _parser() -> argparse.ArgumentParser:
 def _show(parsed: argparse.Namespace) -> int:
     from .show import resolved_lines
 
-    lines = list(resolved_lines(load_recipe(parsed.recipe, parsed.overrides)))
+    _print_lines(resolved_lines(load_recipe(parsed.recipe, parsed.overrides)))
+    return 0
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Prints the lines, as many as the reader of standard output wants."""
     try:
         for line in lines:
             print(line)
@@ -56,18 +61,17 @@ def _show(parsed: argparse.Namespace) -> int:
     except BrokenPipeError:
         # `| head` has read enough. What is still buffered has to go somewhere at exit: not into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _check(parsed: argparse.Namespace) -> int:
     loaded = load_recipe(parsed.recipe, parsed.overrides)
     from ..rewards.manager import RewardManager
 
+    lines: list[str] = []
     for name, stage in stages(loaded):
         manager = RewardManager(stage.rewards, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
-        for line in manager.describe():
-            print(f"{name}: reward {line}")
-    print(f"{parsed.recipe}: fine")
+        lines += [f"{name}: reward {line}" for line in manager.describe()]
+    _print_lines([*lines, f"{parsed.recipe}: fine"])
     if parsed.engine:
         set_environment()
         from .runner import check_engine

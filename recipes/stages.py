@@ -278,18 +278,16 @@ def _loop(training: _Training, step_function: StepFunction) -> None:
 
 
 def _validate(training: _Training, phase: str) -> None:
+    """Measures and logs; the plateau rule watches the mean reward at the first temperature."""
     recipe = training.recipe
+    assert recipe.validation is not None
     start = time.perf_counter()
     measured = training.validate()
-    training.log.metrics(
-        phase,
-        training.step,
-        {f"validation/{name}": value for name, value in measured.items()} | {"time/validation_s": time.perf_counter() - start},
-    )
+    measured["accuracy"] = measured[f"avg@{recipe.validation.num_samples}/{recipe.validation.temperatures[0]:g}"]
+    named = {f"validation/{name}": value for name, value in measured.items()}
+    training.log.metrics(phase, training.step, {**named, "time/validation_s": time.perf_counter() - start})
     if isinstance(recipe, SftRecipe) and recipe.sft.plateau is not None:
-        assert recipe.validation is not None
-        accuracy = measured[f"avg@{recipe.validation.num_samples}/{recipe.validation.temperatures[0]:g}"]
-        training.plateau.update(accuracy, min_gain=recipe.sft.plateau.min_gain)
+        training.plateau.update(measured["accuracy"], min_gain=recipe.sft.plateau.min_gain)
 
 
 def _at_plateau(training: _Training) -> bool:

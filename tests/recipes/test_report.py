@@ -48,14 +48,14 @@ def test_only_panels_with_values_are_drawn_and_a_phase_keeps_its_color(tmp_path,
         tmp_path,
         ("sft", 1, {"loss": 2.0, "grad_norm": 1.0}),
         ("rl", 1, {"reward": 0.5, "entropy": math.nan}),
-        ("sft validation", 1, {"accuracy": 0.1}),
-        ("rl", 2, {"reward": 0.7, "mismatch_kl_k3": 1e-5, "loss": 0.1}),
+        ("sft", 1, {"validation/accuracy": 0.1}),
+        ("rl", 2, {"reward": 0.7, "engine_kl_k3": 1e-5, "loss": 0.1}),
     )
     path = draw_curves(tmp_path)
     assert path == tmp_path / "curves.png"
     assert {title: list(phases) for title, phases in drawn.items()} == {
         "Training loss": ["sft", "rl"],
-        "Validation accuracy": ["sft validation"],
+        "Validation accuracy": ["sft"],
         "Reward": ["rl"],
         "KL of engine and trainer": ["rl"],
     }
@@ -91,7 +91,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 @pytest.mark.parametrize("values", [{"grad_norm": 1.0}, {"loss": math.nan}])
 def test_a_log_without_a_value_to_draw_is_an_error(tmp_path, values):
-    with pytest.raises(VlpostError, match=r"none of loss, accuracy, reward.* has a value yet"):
+    with pytest.raises(VlpostError, match=r"none of loss, validation/accuracy, reward.* has a value yet"):
         draw_curves(write_run(tmp_path, ("sft", 1, values)))
     assert not (tmp_path / "curves.png").exists()
 

@@ -78,10 +78,10 @@ def scored_group(*, text="三", media=None):
 def test_metrics_are_one_json_line_each(tmp_path):
     with quiet(tmp_path / "run") as log:
         log.metrics("sft", 1, {"loss": 2.5, "tokens": 40})
-        log.metrics("validation", 1, {"accuracy": 0.25})
+        log.metrics("validation", 1, {"validation/accuracy": 0.25})
     assert untimed(tmp_path / "run" / "metrics.jsonl") == [
         {"phase": "sft", "step": 1, "values": {"loss": 2.5, "tokens": 40.0}},
-        {"phase": "validation", "step": 1, "values": {"accuracy": 0.25}},
+        {"phase": "validation", "step": 1, "values": {"validation/accuracy": 0.25}},
     ]
     times = [line["time"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
     assert times == sorted(times)
@@ -199,7 +199,7 @@ def write_steps(log, steps):
         log.metrics("rl", step, {"reward": step / 10})
         log.rollouts(step, [scored_group(media=())])
         if step % 2 == 0:
-            log.metrics("validation", step, {"accuracy": step / 20})
+            log.metrics("validation", step, {"validation/accuracy": step / 20})
 
 
 def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
@@ -271,12 +271,12 @@ def test_tensorboard_has_the_same_numbers_and_forgets_discarded_steps(tmp_path):
     with RunLog(tmp_path, console=None) as log:
         for step in (1, 2, 3):
             log.metrics("rl", step, {"reward": step / 4, "broken": math.nan})
-            log.metrics("validation", step, {"accuracy": 0.5})
+            log.metrics("validation", step, {"validation/accuracy": 0.5})
     with RunLog(tmp_path, console=None) as log:
         log.truncate_after("rl", 1)
         log.metrics("rl", 2, {"reward": 5.0})
     assert scalars(tmp_path / "tensorboard" / "rl", "reward") == [(1, 0.25), (2, 5.0)]
-    assert scalars(tmp_path / "tensorboard" / "validation", "accuracy") == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    assert scalars(tmp_path / "tensorboard" / "validation", "validation/accuracy") == [(1, 0.5), (2, 0.5), (3, 0.5)]
 
 
 def test_a_tracker_without_a_folder_gets_phase_and_name(tmp_path, monkeypatch):
@@ -339,7 +339,7 @@ def test_plain_lines_say_phase_step_numbers_and_time_left(tmp_path, clock):
         log.start_phase("rl", num_steps=600, steps_done=100)
         clock[0] += 30.0
         log.metrics("rl", 110, {"reward": 0.51239, "entropy": 1.0, "time/sampled_tokens_per_s": 1234.0})
-        log.metrics("validation", 110, {"accuracy": 0.75, "loss": math.nan})
+        log.metrics("validation", 110, {"validation/accuracy": 0.75, "loss": math.nan})
         clock[0] += 1.0
         log.metrics("rl", 600, {"reward": 1.0})
     assert text.getvalue().splitlines() == [
@@ -357,7 +357,7 @@ def test_a_terminal_shows_a_bar_that_ends_where_the_phase_does(tmp_path, clock):
         for step in range(1, 5):
             clock[0] += 2.0
             log.metrics("sft [all]", step, {"loss": 1.0 / step})
-        log.metrics("validation", 4, {"accuracy": 0.5})
+        log.metrics("validation", 4, {"validation/accuracy": 0.5})
     assert "validation step 4  accuracy 0.5" in text.getvalue()
     last = [line for line in text.getvalue().splitlines() if "sft [all]" in line][-1]
     assert "4/4 loss 0.25  0:00:00 left" in last

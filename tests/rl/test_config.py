@@ -1,0 +1,75 @@
+import warnings
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from vlpost.rl.config import GrpoConfig, GspoConfig, PolicyLossConfig, ReinforceConfig, RlConfig, SapoConfig
+
+BASE = {"num_steps": 5, "prompts_per_step": 4, "group_size": 2}
+
+
+def refused(values, words):
+    with pytest.raises(ValidationError) as caught:
+        RlConfig.model_validate(BASE | values)
+    assert words in str(caught.value)
+
+
+def test_the_defaults_are_the_papers():
+    config = RlConfig.model_validate(BASE)
+    assert config.policy_loss == SapoConfig(name="sapo", tau_pos=1.0, tau_neg=1.05)
+    assert (config.num_mini_batches, config.normalize_by, config.scale_advantages) == (2, "planned", "std")
+
+
+@pytest.mark.parametrize("group_size", [1, 0, -2])
+def test_a_group_has_at_least_two(group_size):
+    refused({"group_size": group_size}, "greater than or equal to 2")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "parts", "fine"), [(4, 1, True), (4, 2, True), (4, 4, True), (4, 3, False), (4, 8, False), (6, 4, False)]
+)
+def test_mini_batches_divide_the_prompts(prompts, parts, fine):
+    values = {"prompts_per_step": prompts, "num_mini_batches": parts}
+    if fine:
+        assert RlConfig.model_validate(BASE | values).num_mini_batches == parts
+    else:
+        refused(values, f"rl.prompts_per_step = {prompts} cannot be split into rl.num_mini_batches = {parts} equal parts")
+
+
+@pytest.mark.parametrize(("tau_pos", "tau_neg"), [(1.0, 0.95), (1.2, 1.05)])
+def test_gates_the_wrong_way_round_are_warned_about(tau_pos, tau_neg):
+    with pytest.warns(UserWarning, match=rf"policy_loss\.tau_neg = {tau_neg} is below tau_pos = {tau_pos}: the paper's runs are unstable"):
+        SapoConfig(tau_pos=tau_pos, tau_neg=tau_neg)
+
+
+@pytest.mark.parametrize("tau_neg", [1.0, 1.05, 2.0])
+def test_gates_the_right_way_round_are_not(tau_neg):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SapoConfig(tau_neg=tau_neg).tau_neg == tau_neg
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("sapo", SapoConfig), ("grpo", GrpoConfig), ("gspo", GspoConfig), ("reinforce", ReinforceConfig)]
+)
+def test_the_name_picks_the_loss(name, settings):
+    assert type(TypeAdapter(PolicyLossConfig).validate_python({"name": name})) is settings
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"policy_loss": {"name": "ppo"}}, "'sapo', 'grpo', 'gspo', 'reinforce'"),
+        ({"policy_loss": {"name": "sapo", "tau_pos": 0.0}}, "greater than 0"),
+        ({"policy_loss": {"name": "sapo", "tau_neg": float("inf")}}, "finite number"),
+        ({"policy_loss": {"name": "grpo", "clip_low": 1.0}}, "less than 1"),
+        ({"policy_loss": {"name": "grpo", "tau_pos": 1.0}}, "Extra inputs are not permitted"),
+        ({"policy_loss": {"name": "reinforce", "clip_low": 0.1}}, "Extra inputs are not permitted"),
+        ({"importance_cap": 0.5}, "greater than or equal to 1"),
+        ({"importance_cap": float("nan")}, "finite number"),
+        ({"normalize_by": "tokens"}, "'planned' or 'signal'"),
+        ({"scale_advantages": "max"}, "'std' or 'none'"),
+        ({"num_steps": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, words):
+    refused(values, words)
