@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +77,16 @@ class VllmSampler:
         self._stop_token_ids = list(stop_token_ids)
         self._allowed_ids = allowed.nonzero()[:, 0].tolist()
         num_threads = torch.get_num_threads()
-        with isolated_rng():
+        with isolated_rng(), warnings.catch_warnings():
+            # vllm 0.32 walks over every attribute of its modules at import and so touches torch's deprecated ones.
+            warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLM
 
             self._llm = LLM(
                 model=str(model_folder),
                 dtype=dtype,
                 load_format="safetensors",
+                use_tqdm_on_load=False,
                 max_model_len=config.max_model_len,
                 max_num_seqs=config.max_num_seqs,
                 gpu_memory_utilization=config.gpu_memory_utilization,

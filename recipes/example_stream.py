@@ -19,6 +19,9 @@ from .schema import HandwritingData, JsonlData
 class ExampleStream(Protocol):
     """An endless list of examples."""
 
+    num_rows: int | None
+    """Distinct examples; None when they never repeat."""
+
     def examples(self, start: int, count: int) -> list[Example]:
         """Returns examples number `start` to `start + count - 1`; the same numbers give the same examples in every process."""
         ...
@@ -31,6 +34,7 @@ class HandwritingStream:
         self.config = config
         self.seed = seed
         self.with_solution = with_solution
+        self.num_rows = config.num_examples
         self.examples(0, 1)  # wrong tasks or shares are an error now, not in the middle of a run
 
     def examples(self, start: int, count: int) -> list[Example]:
@@ -59,6 +63,7 @@ class RowStream:
 
     def __init__(self, rows: Sequence[Example], *, seed: int) -> None:
         self.rows = rows
+        self.num_rows: int | None = len(rows)
         self.seed = seed
 
     def examples(self, start: int, count: int) -> list[Example]:

@@ -17,8 +17,8 @@ from ..model.records import VlpostError
 from .schema import ChainRecipe, EvaluateRecipe, Recipe, RlRecipe, SftRecipe
 
 _STAGE_CLASSES: dict[str, type[BaseModel]] = {"sft": SftRecipe, "rl": RlRecipe, "evaluate": EvaluateRecipe}
-_CHAIN_KEYS = ("method", "output", "common", "stages")
-_SET_BY_CHAIN = ("name", "output")
+_CHAIN_KEYS = ("method", "output", "trackers", "common", "stages")
+_SET_BY_CHAIN = ("name", "output", "trackers")
 _MAX_RECIPE_BYTES = 256 * 1024
 
 
@@ -149,7 +149,10 @@ def _expand_chain(values: dict[str, Any], origins: dict[str, str], path: Path) -
         for key in _leaves(inherited):
             origin = origins.get(f"common.{key}")
             origins.setdefault(f"stages.{name}.{key}", "common" if origin == "recipe" else "command line")
-        for key, value in (("name", name), ("output", str(Path(str(values.get("output", ""))) / name))):
+        from_chain = {"name": name, "output": str(Path(str(values.get("output", ""))) / name)}
+        if "trackers" in values:
+            from_chain["trackers"] = values["trackers"]
+        for key, value in from_chain.items():
             merged[key] = value
             origins[f"stages.{name}.{key}"] = "chain"
         expanded[name] = merged

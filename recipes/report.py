@@ -20,6 +20,8 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 """By phase, in order of appearance; Okabe and Ito's palette, which colour-blind readers can tell apart."""
 _SMOOTHED_FROM = 40
 """Points from which on a curve is drawn as its running mean, with the values behind it in pale."""
+_MARKED_TO = 15
+"""Points up to which each is marked: a single one would not be seen at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,29 +48,28 @@ PANELS = (
 class Curve:
     """The values of one metric in one phase; `values[i]` is of step `steps[i]`, nan where the log has null."""
 
+    metric: str
     phase: str
     steps: tuple[int, ...]
     values: tuple[float, ...]
 
 
-def draw_curves(folder: Path) -> Path:
-    """Writes `curves.png` from the run folder's `metrics.jsonl` and returns its path; a log without a value to draw is an error."""
+def draw_curves(folder: Path) -> Path | None:
+    """Writes `curves.png` from the run folder's `metrics.jsonl` and returns its path, or None when no panel has a value yet."""
     from matplotlib.figure import Figure  # a Figure of its own draws without a display and leaves pyplot's state alone
 
-    curves = {panel: read_curves(folder / METRICS_FILE, panel.metric) for panel in PANELS}
-    drawn = [panel for panel in PANELS if curves[panel]]
-    if not drawn:
-        raise VlpostError(
-            f"{folder / METRICS_FILE}: none of {', '.join(panel.metric for panel in PANELS)} has a value yet; there is nothing to draw"
-        )
-    phases = list(dict.fromkeys(curve.phase for panel in drawn for curve in curves[panel]))
+    curves = read_curves(folder / METRICS_FILE, [panel.metric for panel in PANELS])
+    if not curves:
+        return None
+    drawn = [panel for panel in PANELS if any(curve.metric == panel.metric for curve in curves)]
+    phases = list(dict.fromkeys(curve.phase for curve in curves))
     color_of = {phase: _COLORS[index % len(_COLORS)] for index, phase in enumerate(phases)}
     num_columns = min(len(drawn), 2 if len(drawn) == 4 else 3)
     num_rows = math.ceil(len(drawn) / num_columns)
     figure = Figure(figsize=(4.4 * num_columns, 3.0 * num_rows + 0.6), layout="constrained")
     for index, panel in enumerate(drawn):
         axes = figure.add_subplot(num_rows, num_columns, index + 1)
-        _draw_panel(axes, panel, curves[panel], color_of)
+        _draw_panel(axes, panel, [curve for curve in curves if curve.metric == panel.metric], color_of)
     handles = [_legend_line(phase, color_of[phase]) for phase in phases]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(phases), 6), frameon=False)
     figure.suptitle(folder.resolve().name, fontsize=12, fontweight="bold")
@@ -77,29 +78,30 @@ def draw_curves(folder: Path) -> Path:
     return path
 
 
-def read_curves(path: Path, metric: str) -> list[Curve]:
-    """Returns the metric's curves by phase, in order of first appearance; phases without a finite value are left out."""
-    points: dict[str, list[tuple[int, float]]] = {}
+def read_curves(path: Path, metrics: Sequence[str]) -> list[Curve]:
+    """Returns the curves of these metrics, in order of first appearance in the log; those without a finite value are left out."""
+    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for number, line in enumerate(_whole_lines(path), start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise VlpostError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
-        if metric in record["values"]:
-            value = record["values"][metric]
-            points.setdefault(record["phase"], []).append((record["step"], math.nan if value is None else value))
+            values, phase, step = record["values"], record["phase"], record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise VlpostError(f"{path}, line {number}: no line of metrics ({error!r}); remove it") from error
+        for metric in metrics:
+            if metric in values:
+                points.setdefault((phase, metric), []).append((step, math.nan if values[metric] is None else values[metric]))
     return [
-        Curve(phase=phase, steps=tuple(step for step, _ in pairs), values=tuple(value for _, value in pairs))
-        for phase, pairs in points.items()
+        Curve(metric=metric, phase=phase, steps=tuple(step for step, _ in pairs), values=tuple(value for _, value in pairs))
+        for (phase, metric), pairs in points.items()
         if any(math.isfinite(value) for _, value in pairs)
     ]
 
 
-def running_mean(values: Sequence[float], *, window: int) -> list[float]:
-    """Returns at each place the mean of the last `window` values up to it that are finite; nan where there is none."""
+def running_mean(values: Sequence[float], *, reach: int) -> list[float]:
+    """Returns at each place the mean of the finite values at most `reach` places before or after it; nan where there is none."""
     means = []
-    for end in range(1, len(values) + 1):
-        finite = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
+    for place in range(len(values)):
+        finite = [value for value in values[max(0, place - reach) : place + reach + 1] if math.isfinite(value)]
         means.append(math.fsum(finite) / len(finite) if finite else math.nan)
     return means
 
@@ -118,11 +120,12 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve], color_of: dic
     for curve in curves:
         color = color_of[curve.phase]
         if len(curve.values) < _SMOOTHED_FROM:
-            axes.plot(curve.steps, curve.values, color=color, linewidth=1.6, marker="o", markersize=3.0)
+            axes.plot(
+                curve.steps, curve.values, color=color, linewidth=1.6, marker="o", markersize=3.0 if len(curve.steps) <= _MARKED_TO else 0.0
+            )
             continue
         axes.plot(curve.steps, curve.values, color=color, linewidth=0.8, alpha=0.3)
-        window = len(curve.values) // 20
-        axes.plot(curve.steps, running_mean(curve.values, window=window), color=color, linewidth=1.8)
+        axes.plot(curve.steps, running_mean(curve.values, reach=len(curve.values) // 40), color=color, linewidth=1.8)
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.set_xlabel("step", fontsize=9)

@@ -102,6 +102,8 @@ def set_environment() -> None:
     """Sets what the engine needs before torch or vllm is imported."""
     os.environ.update(ENGINE_ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Bars of others would tear the live view.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Spinning OpenMP threads make a run ten times slower as soon as something else wants one of its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -67,6 +67,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, _ROLLOUTS_FILE, _EVENTS_FILE):
             _drop_torn_line(self.folder / name)
+        (self.folder / METRICS_FILE).touch()  # a run that stops before its first step has an empty log, not none
         if self._view:
             self._view.start()
         return self

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -36,7 +37,11 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
     options = RunOptions(recipe_folder=loaded.path.resolve().parent, resume=resume, allow_code=allow_code)
     console = Console()
     exports: dict[str, Path] = {}
-    with RunLog(folder, console=console) as log, Workshop(folder, exports=exports) as workshop, Interrupt() as interrupt:
+    with (
+        RunLog(folder, console=console, trackers=recipe.trackers) as log,
+        Workshop(folder, exports=exports) as workshop,
+        Interrupt() as interrupt,
+    ):
         log.write_recipe(recipe.model_dump(mode="json"), loaded.origins)
         try:
             for name, stage in _stages(loaded):
@@ -95,7 +100,7 @@ def check_engine(loaded: LoadedRecipe) -> str:
     if source.stage is not None:  # the export does not exist yet: the chain's own start model stands in for it
         source = next(earlier.model for _, earlier in _stages(loaded) if earlier.model.stage is None)
     dtype = stage.learner.dtype
-    with Workshop(loaded.recipe.output / "check", exports={}) as workshop:
+    with TemporaryDirectory() as folder, Workshop(Path(folder), exports={}) as workshop:
         model = workshop.load(source, dtype=dtype, seed=stage.seed)
         sampler = workshop.engine(model, stage.sampler, dtype=dtype)
         learner = Learner(model.model, config=stage.learner, num_steps=1)

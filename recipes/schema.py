@@ -106,6 +106,10 @@ class CheckpointConfig(Settings):
     """Whole checkpoints kept."""
 
 
+Trackers = tuple[str, ...]
+"""Names of Accelerate's trackers that get the metrics beside metrics.jsonl."""
+
+
 class StageConfig(Settings):
     """What every stage has."""
 
@@ -114,6 +118,7 @@ class StageConfig(Settings):
     seed: int = Field(default=0, ge=0)
     output: Path
     """The run folder."""
+    trackers: Trackers = ("tensorboard",)
     model: ModelConfig
     sampler: SamplerConfig
     rewards: RewardsConfig
@@ -178,6 +183,7 @@ class ChainRecipe(Settings):
 
     method: Literal["chain"]
     output: Path
+    trackers: Trackers = ("tensorboard",)
     stages: dict[str, LeafRecipe] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -84,11 +84,18 @@ class _Training:
     num_steps: int
     step: int = 0
     saved_step: int = -1
+    version_at_step: int = 0
+    """The learner's policy version when `step` was reached."""
     plateau: Plateau = field(default_factory=Plateau)
 
     @property
     def named_parameters(self) -> list[tuple[str, Any]]:
         return list(self.learner.model.named_parameters())
+
+    @property
+    def is_between_steps(self) -> bool:
+        """True when no update has been done since the last whole step."""
+        return self.learner.policy_version == self.version_at_step
 
     def save(self) -> None:
         """Saves everything that the next step depends on, once a step."""
@@ -125,6 +132,7 @@ class _Training:
         self.plateau = Plateau(**checkpoint.state["plateau"])
         load_rng_state(checkpoint.state["rng"])
         self.step = self.saved_step = checkpoint.step
+        self.version_at_step = self.learner.policy_version
 
     def validate(self) -> dict[str, float]:
         """Publishes the weights if the engine has others, and measures them on the validation data."""
@@ -178,8 +186,10 @@ def run_training(recipe: SftRecipe | RlRecipe, *, workshop: Workshop, options: R
         _start(training, options.resume)
         try:
             _loop(training, _step_function(training))
-        except StopRequestedError:
-            training.save()
+        except (StopRequestedError, VlpostError):
+            # A step that failed before its first update changed nothing: what was done until then is worth keeping.
+            if training.is_between_steps:
+                training.save()
             raise
         training.save()
         return export_model(folder / "export", model=training.learner.model, processor=loaded.chat.processor)
@@ -196,7 +206,9 @@ def _start(training: _Training, resume: bool) -> None:
     first = training.stream.examples(training.step * _examples_per_step(recipe), _examples_per_step(recipe))
     training.log.event("data", fingerprint=fingerprint(first), examples=len(first))
     if isinstance(recipe, RlRecipe):
-        training.rewards.check_examples(first)
+        training.rewards.check_examples(
+            first if training.stream.num_rows is None else training.stream.examples(0, training.stream.num_rows)
+        )
     if training.sampler is not None:
         publish(training.learner, training.sampler)
         _gate(training, "before the first step")
@@ -261,11 +273,13 @@ def _loop(training: _Training, step_function: StepFunction) -> None:
     recipe, log = training.recipe, training.log
     phase = recipe.name or recipe.method
     count = _examples_per_step(recipe)
+    log.start_phase(phase, num_steps=training.num_steps, steps_done=training.step)
     while training.step < training.num_steps and not _at_plateau(training):
         training.interrupt.check()
         examples = training.stream.examples(training.step * count, count)
         metrics, scored = step_function(training.step, examples)
         training.step += 1
+        training.version_at_step = training.learner.policy_version
         log.metrics(phase, training.step, metrics)
         if scored:
             log.rollouts(training.step, scored, phase=phase)

@@ -91,7 +91,8 @@ class RlStage:
             publish(self.learner, self.sampler)
         measured = merge([*updates, _token_metrics(seen, self.config.policy_loss), _rollout_metrics(scored, self.config)])
         num_sampled = sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts)
-        return RlStepResult(metrics={**measured, **clock.metrics(num_sampled)}, scored_groups=tuple(scored))
+        speeds = clock.metrics(num_sampled=num_sampled, num_unique=sum(part.num_unique_tokens for part in seen))
+        return RlStepResult(metrics={**measured, **speeds}, scored_groups=tuple(scored))
 
     def _draw(self, step: int, examples: Sequence[Example]) -> list[Group]:
         requests = [
@@ -284,7 +285,8 @@ class _Clock:
         yield
         self.seconds[name] = time.perf_counter() - start
 
-    def metrics(self, num_sampled: int) -> dict[str, float]:
+    def metrics(self, *, num_sampled: int, num_unique: int) -> dict[str, float]:
         measured = {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
         measured["time/sampled_tokens_per_s"] = num_sampled / self.seconds["rollout"]
+        measured["time/updated_tokens_per_s"] = num_unique / self.seconds["update"]
         return measured

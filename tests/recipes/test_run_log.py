@@ -112,6 +112,7 @@ def test_recipe_and_versions_are_written_as_they_are(tmp_path):
     assert event["fields"]["resolved"] == recipe
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "events.jsonl",
+        "metrics.jsonl",
         "recipe.origins.json",
         "recipe.resolved.yaml",
         "versions.json",
