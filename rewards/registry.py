@@ -142,7 +142,7 @@ def _permitted(path: Path, *, use: str, recipe_folder: Path | None, allow_code: 
     if not (inside or allow_code):
         raise RewardConfigError(
             f"reward {use!r}: {real} is code outside the recipe's folder ({allowed}); "
-            "read it, then move it beside the recipe, install it as a package, or allow code on the command line"
+            "read it, then move it beside the recipe, install it as a package, or allow code on the command line (--allow-code)"
         )
     return real
 
