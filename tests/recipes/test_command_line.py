@@ -51,8 +51,8 @@ def test_a_wrong_key_is_refused_on_stderr(command, capsys):
 
 
 def test_an_unknown_reward_is_refused_by_check(recipe, capsys):
-    assert main(["check", str(recipe), "rewards.components.answer.use=coutn"]) == 1
-    assert "rewards.components.answer: unknown reward 'coutn'" in capsys.readouterr().err
+    assert main(["check", str(recipe), "rewards.components.answer.use=coumt"]) == 1
+    assert "rewards.components.answer: unknown reward 'coumt'" in capsys.readouterr().err
 
 
 def test_a_plug_in_from_elsewhere_needs_leave(recipe, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_windows_line_ends_and_blank_lines_are_fine(tmp_path):
         ("[" * 100_000, "FILE, line 2: not JSON: "),
         ('{"metadata": {"n": ' + "9" * 5000 + "}}", "FILE, line 2: not JSON: "),
         ("[1]", "FILE, line 2: a row is an object with id, messages, answer, task, metadata, this is list"),
-        ({"messages": [QUESTION], "anwser": "1"}, "FILE, line 2: unknown key 'anwser'; a row has id, messages, answer, task, metadata; "),
+        ({"messages": [QUESTION], "answerr": "1"}, "FILE, line 2: unknown key 'answerr'; a row has id, messages, answer, task, metadata; "),
         ({"answer": "1"}, "FILE, line 2: messages must be a list with at least one message"),
         ({"messages": []}, "FILE, line 2: messages must be a list with at least one message"),
         ({"messages": "hi"}, "FILE, line 2: messages must be a list with at least one message"),
