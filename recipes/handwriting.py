@@ -11,7 +11,7 @@ validate (258), 2 to test (252), so no scan is in two splits, and, if one form i
 | add | two digits | their sum, 0 to 18 | 1 in 10 |
 | count | 3 to 6 digits | how often the asked digit is there, 0 to 3 | 1 in 4 |
 | compare | two numbers of 1 or 2 digits with a gap between | A: the first is larger, B: the second, C: equal | 1 in 3 |
-| arithmetic | (no image) | a + b or a - b >= 0 of single digits, 0 to 18 | about 1 in 12 |
+| arithmetic | (no image) | a + b or a - b >= 0 of single digits, 0 to 18 | 1 in 10 |
 
 The 155 questions of `arithmetic` are the same in all splits: it keeps a skill alive, it cannot measure generalisation.
 
@@ -142,9 +142,10 @@ def handwriting_example(
     r"""Returns example number `index` of an endless stream; the same arguments give the same example in every process.
 
     `tasks` maps kinds to shares, which are relative. Kind and language go round a circle in golden steps, so the mix is constant:
-    among any n examples in a row the number of one kind in one language differs from its share of n by less than 3 (for n up to
-    100,000). Neither the order of `tasks` and `languages` nor a common factor of the shares changes anything. The response of
-    `with_solution` (for SFT) is short: `5+7=\boxed{12}`.
+    among any n examples in a row the number of one kind in one language differs from its share of n by less than 4 (n up to 1,000)
+    or 6 (n up to 100,000), whatever the shares. The order of `tasks` and `languages` and a common factor of the shares change nothing.
+
+    With `with_solution` (for SFT) the messages end with a short response, `5+7=\boxed{12}`; without (for RL) with the question.
     Metadata: `language`; `digits` and `scans`, the image from left to right as values and as rows of `load_digits`; `target` (count),
     `numbers` (compare), `operands` and `sign` (arithmetic). The id is unique within one split, seed and `tasks`.
 
@@ -244,6 +245,7 @@ def _mix(tasks: tuple[tuple[str, float], ...], languages: tuple[str, ...]) -> _M
     for name in languages:
         _check_name("language", name, LANGUAGES)
     shares = dict(tasks)
+    # In our order, not the caller's: a recipe with its keys in another order is the same recipe.
     cells: tuple[tuple[TaskKind, Language], ...] = tuple(
         (kind, language) for kind in TASK_KINDS if kind in shares for language in LANGUAGES if language in languages
     )

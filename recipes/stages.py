@@ -201,6 +201,7 @@ def _start(training: _Training, resume: bool) -> None:
     newest = newest_checkpoint(training.folder / "checkpoints") if resume else None
     if newest is not None:
         training.load(newest)
+    if resume:  # also without a checkpoint: a run killed before its first one has logged steps that will be done again
         training.log.truncate_after(recipe.name or recipe.method, training.step)
         training.log.event("resumed", step=training.step)
     first = training.stream.examples(training.step * _examples_per_step(recipe), _examples_per_step(recipe))

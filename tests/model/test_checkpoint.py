@@ -297,6 +297,61 @@ def test_kill_9_never_loses_an_acknowledged_checkpoint(tmp_path):
     assert summary["steps"] >= 20
 
 
+EVERY_POINT = """
+import json, logging, os, signal, sys
+from pathlib import Path
+import torch
+from vlpost.model.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+
+torch.set_num_threads(1)
+warnings = []
+handler = logging.Handler()
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger("vlpost.model.checkpoint").addHandler(handler)
+
+def save(root, step):
+    save_checkpoint(root, step, tensors={"model": {"w": torch.full((9,), step)}}, state={"step": step}, keep=2)
+
+def kill_at(point):
+    seen = 0
+    def hook(event, args):
+        nonlocal seen
+        if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}:
+            seen += 1
+            if seen == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+newest, point, finished = [], 0, False
+while not finished:
+    point += 1
+    root = Path(sys.argv[1]) / str(point)
+    for step in (1, 2):
+        save(root, step)
+    child = os.fork()
+    if child == 0:
+        kill_at(point)
+        save(root, 3)
+        os._exit(0)
+    finished = os.waitpid(child, 0)[1] == 0
+    newest.append(load_checkpoint(newest_checkpoint(root)).state["step"])
+    save(root, 4)
+    assert sorted(path.name for path in root.iterdir()) == [f"step-00000{newest[-1]}", "step-000004"], sorted(root.iterdir())
+print(json.dumps({"newest": newest, "warnings": warnings}))
+"""
+
+
+def test_a_kill_before_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    run = subprocess.run([sys.executable, "-c", EVERY_POINT, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads(run.stdout)
+    newest = summary["newest"]
+    assert newest == sorted(newest), "once the new checkpoint is there it stays"
+    assert newest.count(2) >= 10
+    assert newest.count(3) >= 5, "kills during the retention and the run without a kill"
+    assert summary["warnings"] == [], "no torn checkpoint is ever to be seen"
+
+
 # ---- full disk
 
 FULL = """

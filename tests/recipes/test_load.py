@@ -138,7 +138,7 @@ def test_a_common_key_that_no_stage_of_these_methods_reads_is_not_its_own_neares
         ("num_steps: 3, ", "", "rl.num_steps: missing; add it"),
         ("use: count", "weight: 1.0", "rewards.components.answer.use: missing; add it"),
         ("method: rl\n", "", "method is missing; it says which keys there are"),
-        ("method: rl", "methodd: rl", "method is missing; it says which keys there are; unknown key methodd; did you mean 'method'?"),
+        ("method: rl", "mmethod: rl", "method is missing; it says which keys there are; unknown key mmethod; did you mean 'method'?"),
         (
             "use: handwriting",
             "uses: handwriting",
