@@ -5,9 +5,9 @@ Every class forbids unknown keys; units and sources stand at the field.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Part = Literal["vision", "merger", "language"]
 """Parts of a Qwen3-VL that freeze on their own: the tower, its mergers (DeepStack's too), the language model with its head."""
@@ -56,7 +56,14 @@ class LearnerConfig(Settings):
     """Unique tokens of one micro-batch, images expanded; bounds memory, never changes the gradient."""
     gradient_checkpointing: bool = False
     freeze: tuple[Part, ...] = ()
+    """Parts that are not trained."""
     dtype: DType = "float32"
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> LearnerConfig:
+        if set(self.freeze) == set(get_args(Part)):
+            raise ValueError("learner.freeze names every part of the model: nothing is left to train")
+        return self
 
 
 class SamplerConfig(Settings):

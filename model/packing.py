@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention import AttentionPlan, Segment, plan_attention
 from .chat import ProcessedMedia
-from .records import ImagePart, MediaPart, TrainSequence
+from .records import DataError, ImagePart, MediaPart, TrainSequence
 
 Targets = TypeVar("Targets")
 TokenWeighting = Literal["token", "sqrt", "sequence"]
@@ -158,7 +158,7 @@ def pack(families: Iterable[Sequence[Weighted[Targets]]], *, media: MediaSource,
     """Returns micro-batches of at most `token_budget` unique tokens, filled by best fit, largest family first.
 
     A family over the budget is split; each part computes the shared prefix again (`num_recomputed_tokens`), the gradient is the
-    same. A single sequence over the budget is a ValueError: it cannot be trained whole, and it is never cut.
+    same. A single sequence over the budget is a `DataError`: it cannot be trained whole, and it is never cut.
     """
     trees = [tree for family in families if family for tree in _split_family(family, media, token_budget)]
     bins: list[list[_Tree[Targets]]] = []
@@ -187,7 +187,7 @@ def _split_family(family: Sequence[Weighted[Targets]], media: MediaSource, token
             end = start + max(1, min((end - start) * token_budget // _size(nodes), end - start - 1))
             nodes = _prefix_tree(keys[start:end])
         if _size(nodes) > token_budget:
-            raise ValueError(
+            raise DataError(
                 f"a sequence of {_size(nodes)} tokens exceeds the token budget of {token_budget}: "
                 "raise learner.token_budget or drop longer rows"
             )

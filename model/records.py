@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -54,8 +54,11 @@ class ImagePart:
 
     @classmethod
     def from_image(cls, image: PILImage.Image) -> ImagePart:
-        """Returns the part for a PIL image, converted to RGB."""
-        rgb = image.convert("RGB")
+        """Returns the part for a PIL image as RGB: turned upright by its EXIF orientation, transparency laid on white.
+
+        Greyscale deeper than 8 bits is a `DataError`: it would be clipped to white.
+        """
+        rgb = _upright_rgb(image)
         hasher = hashlib.sha256(f"RGB {rgb.width}x{rgb.height}".encode())
         hasher.update(rgb.tobytes())
         return cls(image=rgb, digest=hasher.hexdigest())
@@ -119,6 +122,17 @@ class VideoPart:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def _upright_rgb(image: PILImage.Image) -> PILImage.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        raise DataError(f"an image of mode {image.mode}, deeper than 8 bits a channel: scale it to 8 bits, it would be clipped")
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    with_alpha = upright.convert("RGBA")
+    white = PILImage.new("RGBA", with_alpha.size, "white")
+    return PILImage.alpha_composite(white, with_alpha).convert("RGB")
 
 
 MediaPart: TypeAlias = ImagePart | VideoPart

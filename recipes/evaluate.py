@@ -18,7 +18,7 @@ def evaluate(
     that earned a reward above 0); `greedy` (mean reward at temperature 0); `truncated_frac` and `unavailable_frac` over all of them.
 
     Seeds depend on `seed`, the temperature and the example alone, so that two models are asked alike. A response that could not be
-    judged counts in `unavailable_frac` and in nothing else.
+    judged counts in `unavailable_frac` and `truncated_frac` and in nothing else.
     """
     measured: dict[str, float] = {}
     drawn = unjudged = truncated = 0

@@ -125,10 +125,18 @@ def read_jsonl(path: Path, *, source: str) -> list[Example]:
 _ROW_KEYS = ("id", "messages", "answer", "task", "metadata")
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
 def _read_row(line: str, path: Path, number: int, source: str) -> Example:
     place = f"{path}, line {number}"
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_without_duplicates)
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{place}: text with half of a surrogate pair ({error}); write the whole character") from error

@@ -1,9 +1,9 @@
 r"""The bundled track: questions about real handwritten digits with exact answers, drawn without end from scans that need no download.
 
 The scans are the 1,797 of `sklearn.datasets.load_digits`, 8 x 8 pixels in 17 shades: the writer-independent test set of Alpaydin and
-Kaynak's optdigits (UCI, 1998), by 13 writers. Which scan is whose was not kept, but the order was: the same sequence of about 130 labels
-comes 14 times (`FORM_STARTS`), which is one form filled in again and again. Splits are whole forms: 10 to train (1,287 scans), 2 to
-validate (258), 2 to test (252), so no scan is in two splits, and, if one form is one hand, at most one of the 13 writers is.
+Kaynak's optdigits (UCI, 1998), by 13 writers. Which scan is whose was not kept, but the order was: the same sequence of 130 labels comes
+14 times, with up to 8 missing (`FORM_STARTS`), which looks like one form filled in again and again. Splits are whole forms: 10 to train
+(1,287 scans), 2 to validate (258), 2 to test (252). No scan is in two splits, and, if one form is one hand, at most one writer is.
 
 | kind | the image shows | the answer | best constant guess |
 |---|---|---|---|

@@ -194,6 +194,9 @@ def _fields_of_method(stage: Mapping[str, Any]) -> set[str]:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `above` laid over `below`; settings of another kind (another `use` or `name`) replace what is below them whole."""
+    if any(tag in below and tag in above and below[tag] != above[tag] for tag in _DISCRIMINATORS):
+        return dict(above)
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)

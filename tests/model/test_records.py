@@ -242,3 +242,33 @@ def test_records_are_frozen_slotted_and_keyword_only(record):
     assert all(field.kw_only for field in dataclasses.fields(record))
     with pytest.raises(TypeError):
         type(record)("positional")
+
+
+# ---------------------------------------------------------------- images as they are in the world
+
+
+def test_an_image_is_turned_upright_by_its_exif_orientation():
+    drawn = Image.new("RGB", (4, 2), "black")
+    drawn.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    encoded = io.BytesIO()
+    drawn.save(encoded, format="PNG", exif=exif)
+    part = ImagePart.from_bytes(encoded.getvalue(), "here")
+    assert part.image.size == (2, 4)
+    assert part.image.getpixel((1, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    clear.putpixel((1, 0), (40, 40, 40, 255))
+    part = ImagePart.from_image(clear.convert(mode))
+    assert part.image.mode == "RGB"
+    assert [part.image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 40, 40)]
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_deep_greyscale_is_refused_and_not_clipped(mode):
+    with pytest.raises(DataError, match=f"mode {mode}, deeper than 8 bits a channel: scale it"):
+        ImagePart.from_image(Image.new(mode, (2, 2)))

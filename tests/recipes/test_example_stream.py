@@ -314,3 +314,10 @@ def test_equal_examples_have_equal_fingerprints():
         return Example(id="a", messages=(Message(role="user", parts=(part,)),), answer="1", task="t", source="s", metadata=metadata)
 
     assert fingerprint([make({"k": 1, "l": 2})]) == fingerprint([make({"l": 2, "k": 1})])
+
+
+def test_a_key_given_twice_in_a_row_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a", "answer": "1", "answer": "2", "messages": [{"role": "user", "content": "?"}]}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1: not JSON: key 'answer' is given twice"):
+        read_jsonl(path, source="s")

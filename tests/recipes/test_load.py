@@ -406,3 +406,12 @@ def test_a_typo_in_any_key_is_refused_with_file_and_key(typo, tmp_path_factory):
         load_recipe(recipe)
     assert "typo.yaml" in str(caught.value)
     assert changed in str(caught.value)
+
+
+def test_settings_of_another_kind_replace_the_common_ones(tmp_path):
+    text = QUICKSTART.read_text(encoding="utf-8").replace("data: {split: test}", "data: {use: jsonl, path: rows.jsonl}", 1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    stages = load_recipe(path).recipe.stages
+    assert stages["evaluate_sft"].data.use == "jsonl"
+    assert stages["evaluate_sapo"].data.tasks == {"add": 1.0}
