@@ -69,7 +69,9 @@ class ImagePart:
         try:
             with PILImage.open(io.BytesIO(content)) as opened:
                 return cls.from_image(opened)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+        except UnidentifiedImageError as error:
+            raise DataError(f"{place}: the image cannot be decoded (its format is unknown); give a whole PNG, JPEG or WebP file") from error
+        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
             raise DataError(f"{place}: the image cannot be decoded ({error}); give a whole PNG, JPEG or WebP file") from error
 
     @classmethod

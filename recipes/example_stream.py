@@ -49,7 +49,7 @@ class HandwritingStream:
             handwriting_example(
                 self.config.split,
                 number,
-                tasks=self.config.tasks,
+                tasks={**self.config.tasks},
                 languages=self.config.languages,
                 seed=self.config.seed,
                 with_solution=self.with_solution,

@@ -29,20 +29,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from PIL import Image
 
 from ..model.records import ROLES, DataError, Example, ImagePart, Message, Part, TextPart
-from .schema import Split
+from .schema import Language, Split, TaskKind
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-TaskKind = Literal["read", "add", "count", "compare", "arithmetic"]
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
-Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 FORM_STARTS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667)

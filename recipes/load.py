@@ -243,6 +243,8 @@ def _place(location: Sequence[Any], values: Mapping[str, Any]) -> tuple[str, lis
             annotation = chosen[0]
             siblings = chosen
             continue
+        if part == "[key]":  # pydantic's mark for a key of a mapping that is not allowed
+            break
         kept.append(str(part))
         siblings = members
         annotation = _below(annotation, part)

@@ -16,6 +16,8 @@ from ..rl.config import RlConfig
 from ..sft.config import SftConfig
 
 Split = Literal["train", "validation", "test"]
+TaskKind = Literal["read", "add", "count", "compare", "arithmetic"]
+Language = Literal["en", "zh"]
 
 
 class ModelConfig(Settings):
@@ -49,9 +51,9 @@ class HandwritingData(Settings):
 
     use: Literal["handwriting"]
     split: Split = "train"
-    tasks: dict[str, float]
-    """Task kind -> share; shares are relative and constant in every window."""
-    languages: tuple[Literal["en", "zh"], ...] = ("en", "zh")
+    tasks: dict[TaskKind, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Task kind -> share; shares are relative, and constant in every window of examples that are not shuffled (no `num_examples`)."""
+    languages: tuple[Language, ...] = Field(default=("en", "zh"), min_length=1)
     num_examples: int | None = Field(default=None, ge=1)
     """Distinct examples, repeated in a new order every epoch; absent: never repeated."""
     seed: int = 0

@@ -163,6 +163,8 @@ def _first_change(saved: object, now: object, key: str = "") -> str | None:
 def run_training(recipe: SftRecipe | RlRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, interrupt: Interrupt) -> Path:
     """Trains one stage and returns the folder of its export. Raises `StopRequestedError` after saving when Ctrl-C was pressed."""
     folder = recipe.output
+    # The data first: a bad row is named before anything slow starts.
+    stream = open_stream(recipe.data, seed=recipe.seed, with_solution=isinstance(recipe, SftRecipe))
     loaded = workshop.load(recipe.model, dtype=recipe.learner.dtype, seed=recipe.seed)
     num_steps = recipe.sft.num_steps if isinstance(recipe, SftRecipe) else recipe.rl.num_steps
     updates = num_steps if isinstance(recipe, SftRecipe) else num_steps * recipe.rl.num_mini_batches
@@ -180,7 +182,7 @@ def run_training(recipe: SftRecipe | RlRecipe, *, workshop: Workshop, options: R
             rewards=rewards,
             log=log,
             interrupt=interrupt,
-            stream=open_stream(recipe.data, seed=recipe.seed, with_solution=isinstance(recipe, SftRecipe)),
+            stream=stream,
             num_steps=num_steps,
         )
         _start(training, options.resume)

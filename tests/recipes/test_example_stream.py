@@ -132,7 +132,7 @@ def test_windows_line_ends_and_blank_lines_are_fine(tmp_path):
         (asking(image(".")), "the image cannot be read (Is a directory); give a path"),
         (asking(image("data:image/png;base64,@@@")), "FILE, line 2: the data URL is not base64 (Only base64 data is allowed)"),
         (asking(image("data:image/png;base64,图")), "FILE, line 2: the data URL is not base64 ("),
-        (asking(image("data:image/png,red")), "FILE, line 2, data URL: the image cannot be decoded (cannot identify image file"),
+        (asking(image("data:image/png,red")), "FILE, line 2, data URL: the image cannot be decoded (its format is unknown)"),
         (asking({"type": "text", "text": "\ud800"}), "FILE, line 2: text with half of a surrogate pair ("),
     ],
 )  # fmt: skip
@@ -196,10 +196,9 @@ def test_the_handwriting_ends_with_its_solution_when_asked(with_solution):
     assert example.messages[-1].role == ("assistant" if with_solution else "user")
 
 
-def test_a_wrong_task_is_refused_when_the_stream_is_opened():
-    config = HandwritingData(use="handwriting", tasks={"ad": 1.0})
-    with pytest.raises(DataError, match="unknown task 'ad': did you mean 'add'"):
-        open_stream(config, seed=0, with_solution=False)
+def test_a_wrong_task_is_refused_with_the_recipe():
+    with pytest.raises(ValueError, match="should be 'read', 'add', 'count', 'compare' or 'arithmetic'"):
+        HandwritingData(use="handwriting", tasks={"ad": 1.0})
 
 
 # ---------------------------------------------------------------- streams are functions of the index
