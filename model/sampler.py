@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .chat import Chat, EncodedPrompt, check_fits, video_metadata
-from .checkpoint import isolated_rng
 from .config import ENGINE_ENVIRONMENT, DType, SamplerConfig
 from .records import ImagePart, Rollout, VideoPart, VlpostError
+from .training_state import isolated_rng
 
 
 class EngineError(VlpostError):

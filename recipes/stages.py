@@ -12,21 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model.checkpoint import (
-    export_model,
-    load_checkpoint,
-    load_optimizer_tensors,
-    load_rng_state,
-    newest_checkpoint,
-    optimizer_tensors,
-    rng_state,
-    save_checkpoint,
-)
+from ..model.checkpoint import export_model, load_checkpoint, newest_checkpoint, save_checkpoint
 from ..model.learner import Learner
 from ..model.loading import hub_weights
 from ..model.parity import check_parity
 from ..model.records import Example, VlpostError
 from ..model.sampler import VllmSampler
+from ..model.training_state import load_optimizer_tensors, load_rng_state, optimizer_tensors, rng_state
 from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
