@@ -138,8 +138,8 @@ class _Training:
 
 
 def comparable_recipe(recipe: SftRecipe | RlRecipe) -> dict[str, Any]:
-    """Returns the settings that decide what a run computes: not where it writes or how often it saves."""
-    return recipe.model_dump(mode="json", exclude={"output", "checkpoint", "name"})
+    """Returns the settings that decide what a run computes: not where it writes, to whom it reports or how often it saves."""
+    return recipe.model_dump(mode="json", exclude={"output", "checkpoint", "name", "trackers"})
 
 
 def _first_change(saved: object, now: object, key: str = "") -> str | None:
