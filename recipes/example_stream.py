@@ -87,6 +87,11 @@ def open_stream(config: HandwritingData | JsonlData, *, seed: int, with_solution
     """Returns the stream that a recipe's `data` names; `with_solution` asks for rows that end with an assistant turn."""
     if isinstance(config, HandwritingData):
         return HandwritingStream(config, seed=seed, with_solution=with_solution)
+    return RowStream(read_rows(config, with_solution=with_solution), seed=seed)
+
+
+def read_rows(config: JsonlData, *, with_solution: bool) -> list[Example]:
+    """Returns the rows of a data file after checking that they end as their use demands: with the assistant's turn, or before it."""
     rows = read_jsonl(config.path, source=config.source or config.path.stem)
     for row in rows:
         ends_with_assistant = row.messages[-1].role == "assistant"
@@ -96,7 +101,7 @@ def open_stream(config: HandwritingData | JsonlData, *, seed: int, with_solution
             )
         if not with_solution and ends_with_assistant:
             raise DataError(f"{config.path}: row {row.id!r} ends with an assistant message: remove it, the policy writes the response")
-    return RowStream(rows, seed=seed)
+    return rows
 
 
 def read_jsonl(path: Path, *, source: str) -> list[Example]:

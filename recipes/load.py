@@ -35,6 +35,11 @@ class LoadedRecipe:
     origins: Mapping[str, str]
     """Dotted key -> `recipe`, `common`, `command line`, `chain`; a key that is absent here has its default."""
 
+    @property
+    def stages(self) -> list[tuple[str, SftRecipe | RlRecipe | EvaluateRecipe]]:
+        """(name, stage) of a chain in order, or the one stage."""
+        return list(self.recipe.stages.items()) if isinstance(self.recipe, ChainRecipe) else [(self.recipe.method, self.recipe)]
+
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice and aliases (an alias can blow a small file up to gigabytes)."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..model.config import ENGINE_ENVIRONMENT
 from ..model.records import VlpostError
-from .load import LoadedRecipe, load_recipe
-from .schema import ChainRecipe, EvaluateRecipe, RlRecipe, SftRecipe
+from .example_stream import read_rows
+from .load import load_recipe
+from .schema import EvaluateRecipe, JsonlData, RlRecipe, SftRecipe
+
+if TYPE_CHECKING:
+    from ..rewards.manager import RewardManager
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,9 +73,10 @@ def _check(parsed: argparse.Namespace) -> int:
     from ..rewards.manager import RewardManager
 
     lines: list[str] = []
-    for name, stage in stages(loaded):
+    for name, stage in loaded.stages:
         manager = RewardManager(stage.rewards, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
         lines += [f"{name}: reward {line}" for line in manager.describe()]
+        lines += [f"{name}: {line}" for line in _check_rows(stage, manager)]
     _print_lines([*lines, f"{parsed.recipe}: fine"])
     if parsed.engine:
         set_environment()
@@ -78,6 +84,22 @@ def _check(parsed: argparse.Namespace) -> int:
 
         print(check_engine(loaded))
     return 0
+
+
+def _check_rows(stage: SftRecipe | RlRecipe | EvaluateRecipe, manager: RewardManager) -> Iterator[str]:
+    """Yields a line for each data file of the stage, every row of which has been read and its answer checked."""
+    validation = None if isinstance(stage, EvaluateRecipe) else stage.validation
+    for key, source, is_sft in (
+        ("data", stage.data, isinstance(stage, SftRecipe)),
+        ("validation.data", validation.data if validation else None, False),
+    ):
+        if not isinstance(source, JsonlData):
+            continue
+        rows = read_rows(source, with_solution=is_sft)
+        if not is_sft:
+            with manager:
+                manager.check_examples(rows)
+        yield f"{key} {source.path}: {len(rows)} rows"
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -90,12 +112,6 @@ def _run(parsed: argparse.Namespace) -> int:
     from .runner import run_recipe
 
     return run_recipe(loaded, resume=parsed.resume, allow_code=parsed.allow_code)
-
-
-def stages(loaded: LoadedRecipe) -> list[tuple[str, SftRecipe | RlRecipe | EvaluateRecipe]]:
-    """Returns (name, stage) of a chain, or the one stage."""
-    recipe = loaded.recipe
-    return list(recipe.stages.items()) if isinstance(recipe, ChainRecipe) else [(recipe.method, recipe)]
 
 
 def set_environment() -> None:

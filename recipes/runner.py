@@ -20,7 +20,7 @@ from .interrupt import Interrupt, StopRequestedError
 from .load import LoadedRecipe
 from .report import draw_curves
 from .run_log import RunLog
-from .schema import ChainRecipe, EvaluateRecipe, RlRecipe, SftRecipe
+from .schema import EvaluateRecipe, RlRecipe, SftRecipe
 from .stages import RunOptions, run_evaluation, run_training
 
 DONE_FILE = "done.json"
@@ -44,7 +44,7 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
     ):
         log.write_recipe(recipe.model_dump(mode="json"), loaded.origins)
         try:
-            for name, stage in _stages(loaded):
+            for name, stage in loaded.stages:
                 export = _run_stage(stage, workshop=workshop, options=options, log=log, interrupt=interrupt, console=console)
                 if export is not None:
                     exports[name] = export
@@ -55,11 +55,6 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
             return EXIT_INTERRUPTED
     console.print(f"done: {folder} (metrics.jsonl, rollouts.jsonl, curves.png)")
     return 0
-
-
-def _stages(loaded: LoadedRecipe) -> list[tuple[str, SftRecipe | RlRecipe | EvaluateRecipe]]:
-    recipe = loaded.recipe
-    return list(recipe.stages.items()) if isinstance(recipe, ChainRecipe) else [(recipe.method, recipe)]
 
 
 def _run_stage(
@@ -93,12 +88,12 @@ def _run_stage(
 
 def check_engine(loaded: LoadedRecipe) -> str:
     """Runs the parity gate alone on the recipe's start model and returns its report; a chain checks its first RL stage."""
-    stage = next((stage for _, stage in _stages(loaded) if isinstance(stage, RlRecipe)), None)
+    stage = next((stage for _, stage in loaded.stages if isinstance(stage, RlRecipe)), None)
     if stage is None:
         raise VlpostError(f"{loaded.path}: no stage of method rl: there is nothing that an engine and a learner must agree on")
     source = stage.model
     if source.stage is not None:  # the export does not exist yet: the chain's own start model stands in for it
-        source = next(earlier.model for _, earlier in _stages(loaded) if earlier.model.stage is None)
+        source = next(earlier.model for _, earlier in loaded.stages if earlier.model.stage is None)
     dtype = stage.learner.dtype
     with TemporaryDirectory() as folder, Workshop(Path(folder), exports={}) as workshop:
         model = workshop.load(source, dtype=dtype, seed=stage.seed)
