@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import vlpost.recipes
 from vlpost.recipes.load import load_recipe
-from vlpost.recipes.run import main, set_environment, stages
+from vlpost.recipes.run import main, set_environment
 
 QUICKSTART = Path(vlpost.recipes.__file__).parent / "quickstart.yaml"
 EVALUATE = """
@@ -108,8 +108,8 @@ def test_a_missing_recipe_is_named(capsys, tmp_path):
 
 
 def test_stages_of_a_chain_and_of_one_stage(recipe):
-    assert [name for name, _ in stages(load_recipe(QUICKSTART))] == ["sft", "evaluate_sft", "sapo", "evaluate_sapo"]
-    assert [name for name, _ in stages(load_recipe(recipe))] == ["evaluate"]
+    assert [name for name, _ in load_recipe(QUICKSTART).stages] == ["sft", "evaluate_sft", "sapo", "evaluate_sapo"]
+    assert [name for name, _ in load_recipe(recipe).stages] == ["evaluate"]
 
 
 def test_the_engines_environment_is_set(monkeypatch):
@@ -151,3 +151,28 @@ def test_a_reader_that_has_read_enough_is_no_error(command):
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------- check reads the rows
+
+
+def with_rows(tmp_path, answer):
+    row = {"id": "a", "messages": [{"role": "user", "content": "1 + 1?"}], "answer": answer}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    path = tmp_path / "exam.yaml"
+    path.write_text(
+        EVALUATE.replace("{use: handwriting, tasks: {add: 1.0}}", f"{{use: jsonl, path: {tmp_path / 'rows.jsonl'}}}")
+        + f"output: {tmp_path / 'out'}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_check_reads_every_row(tmp_path, capsys):
+    assert main(["check", str(with_rows(tmp_path, "2"))]) == 0
+    assert f"evaluate: data {tmp_path / 'rows.jsonl'}: 1 rows" in capsys.readouterr().out
+
+
+def test_check_names_an_answer_that_no_response_could_match(tmp_path, capsys):
+    assert main(["check", str(with_rows(tmp_path, "two cats"))]) == 1
+    assert "example 'a'" in capsys.readouterr().err
