@@ -124,6 +124,11 @@ class RunLog:
         """Appends something that happened once; fields are plain JSON."""
         self._append(_EVENTS_FILE, [{"time": time.time(), "kind": kind, "fields": fields}])
 
+    def say(self, text: str) -> None:
+        """Prints a line above the live view; the files do not hold it."""
+        if self._view:
+            self._view.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def truncate_after(self, phase: str, step: int) -> int:
         """Moves the lines of later steps of `phase` to `*.discarded.jsonl` and returns their number.
 

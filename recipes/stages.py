@@ -164,6 +164,7 @@ def run_training(recipe: SftRecipe | RlRecipe, *, workshop: Workshop, options: R
     with ExitStack() as stack:
         rewards = stack.enter_context(RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code))
         for line in rewards.describe():
+            log.say(f"reward {line}")
             log.event("reward", line=line)
         training = _Training(
             recipe=recipe,
@@ -197,6 +198,7 @@ def _start(training: _Training, resume: bool) -> None:
         training.load(newest)
     if resume:  # also without a checkpoint: a run killed before its first one has logged steps that will be done again
         training.log.truncate_after(recipe.name or recipe.method, training.step)
+        training.log.say(f"{recipe.name or recipe.method}: resumed after step {training.step}")
         training.log.event("resumed", step=training.step)
     first = training.stream.examples(training.step * _examples_per_step(recipe), _examples_per_step(recipe))
     training.log.event("data", fingerprint=fingerprint(first), examples=len(first))
@@ -221,6 +223,7 @@ def _gate(training: _Training, when: str) -> None:
         config=recipe.parity,
         seed=recipe.seed,
     )
+    training.log.say(f"parity {when}: {report}")
     training.log.event("parity", when=when, engine_gap=report.engine_gap, packing_gap=report.packing_gap, text=str(report))
 
 
@@ -303,6 +306,9 @@ def _at_plateau(training: _Training) -> bool:
     recipe = training.recipe
     if not isinstance(recipe, SftRecipe) or recipe.sft.plateau is None or training.plateau.stale < recipe.sft.plateau.patience:
         return False
+    training.log.say(
+        f"plateau after step {training.step}: no better than {training.plateau.best:.3f} in {training.plateau.stale} validations"
+    )
     training.log.event("plateau", step=training.step, best=training.plateau.best)
     return True
 

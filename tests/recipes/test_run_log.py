@@ -362,3 +362,11 @@ def test_a_terminal_shows_a_bar_that_ends_where_the_phase_does(tmp_path, clock):
     assert "validation step 4  accuracy 0.5" in text.getvalue()
     last = [line for line in text.getvalue().splitlines() if "sft [all]" in line][-1]
     assert "4/4 loss 0.25  0:00:00 left" in last
+
+
+def test_what_is_said_is_printed_as_it_is_and_in_no_file(tmp_path):
+    text = io.StringIO()
+    with RunLog(tmp_path, console=Console(file=text, width=20), trackers=()) as log:
+        log.say("reward answer: 1 x count, [all] tasks, options default")
+    assert text.getvalue() == "reward answer: 1 x count, [all] tasks, options default\n"
+    assert all("[all]" not in path.read_text(encoding="utf-8") for path in tmp_path.glob("*.jsonl"))
