@@ -21,12 +21,23 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0 done, 1 refused with a message, 130 stopped by Ctrl-C and saved."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return parsed.command(parsed)
     except VlpostError as error:
         print(f"vlpost: {error}", file=sys.stderr)
         return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parsed words; overrides may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    parsed.overrides += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

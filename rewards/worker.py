@@ -131,7 +131,8 @@ class Worker:
         self._num_asked += 1
         self._num_asked_of_process += 1
         number = self._num_asked
-        line = json.dumps({"id": number, "arguments": dict(arguments)}).encode() + b"\n"
+        # The first newline ends what may be left of a request that was cut short.
+        line = b"\n" + json.dumps({"id": number, "arguments": dict(arguments)}).encode() + b"\n"
         assert len(line) <= MAX_REQUEST_BYTES, f"a request of {len(line)} bytes: the caller bounds its texts to {MAX_REQUEST_BYTES} in all"
         deadline = time.monotonic() + self._timeout_s
         try:

@@ -58,7 +58,10 @@ def _answer_requests(judge: Callable[..., tuple[float, str]], *, replies_fd: int
     os.write(replies_fd, b'{"ready": true}\n')
     # Unbuffered: a request that this process does not live to answer must not take the next one with it.
     for line in os.fdopen(0, "rb", buffering=0, closefd=False):
-        question = json.loads(line)
+        try:
+            question = json.loads(line)
+        except ValueError:
+            continue  # the rest of a request that a killed process had begun to read: nobody waits for it
         _limit_cpu(timeout_s)
         reply: dict[str, Any] = {"id": question["id"]}
         try:

@@ -176,3 +176,12 @@ def test_check_reads_every_row(tmp_path, capsys):
 def test_check_names_an_answer_that_no_response_could_match(tmp_path, capsys):
     assert main(["check", str(with_rows(tmp_path, "two cats"))]) == 1
     assert "example 'a'" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_options(capsys):
+    assert main(["check", str(QUICKSTART), "--allow-code", "common.sed=3"]) == 1
+    assert "common.sed is read by no stage" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", str(QUICKSTART), "--allow-code", "word"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: word" in capsys.readouterr().err

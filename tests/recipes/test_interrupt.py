@@ -10,9 +10,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @pytest.fixture(autouse=True)
 def handlers():
     """Puts the handlers back, whatever a test does to them."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield before
+    outside = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}  # a background job ignores SIGINT
     for number, handler in before.items():
+        signal.signal(number, handler)
+    yield before
+    for number, handler in outside.items():
         signal.signal(number, handler)
 
 

@@ -64,6 +64,13 @@ def test_a_process_that_stands_still_is_replaced(worker):
     assert worker.ask(EASY) == RewardResult(value=1.0)
 
 
+def test_a_request_that_was_half_read_costs_the_next_one_nothing(worker):
+    # What a process leaves behind that is killed while it reads: the pipe holds the tail of a request, with or without its end.
+    for left in (b'id": 7, "arguments": {"answer": "4", "prediction": "4"}}\n', b'{"id": 7, "argu'):
+        os.write(worker._pipe("stdin"), left)
+        assert worker.ask(EASY) == RewardResult(value=1.0)
+
+
 def test_a_process_that_dies_on_a_request_is_told_from_a_slow_one(monkeypatch):
     worker = Worker("math_answer", timeout_s=60.0)
     worker.start()
