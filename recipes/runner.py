@@ -21,7 +21,7 @@ from .load import LoadedRecipe
 from .report import draw_curves
 from .run_log import RunLog
 from .schema import EvaluateRecipe, RlRecipe, SftRecipe
-from .stages import RunOptions, run_evaluation, run_training
+from .stages import RunOptions, phase_of, run_evaluation, run_training
 
 DONE_FILE = "done.json"
 EXIT_INTERRUPTED = 130
@@ -71,13 +71,13 @@ def _run_stage(
     done = stage.output / DONE_FILE
     if done.exists():
         outcome = json.loads(done.read_text(encoding="utf-8"))
-        console.print(f"{stage.name or stage.method}: done before")
+        console.print(f"{phase_of(stage)}: done before")
         return Path(outcome["export"]) if outcome["export"] else None
     interrupt.check()
     export: Path | None = None
     if isinstance(stage, EvaluateRecipe):
         measured = run_evaluation(stage, workshop=workshop, options=options, log=log)
-        console.print(f"{stage.name or stage.method}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
+        console.print(f"{phase_of(stage)}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
     else:
         export = run_training(stage, workshop=workshop, options=options, log=log, interrupt=interrupt)
     partial = done.with_suffix(".partial")

@@ -45,6 +45,11 @@ class RunOptions:
     allow_code: bool
 
 
+def phase_of(recipe: SftRecipe | RlRecipe | EvaluateRecipe) -> str:
+    """Returns the stage's name in logs: its key in the chain, or its method."""
+    return recipe.name or recipe.method
+
+
 @dataclass(kw_only=True)
 class Plateau:
     """The state of the plateau rule: the best validation accuracy and how many validations have not beaten it."""
@@ -164,7 +169,7 @@ def run_training(recipe: SftRecipe | RlRecipe, *, workshop: Workshop, options: R
     with ExitStack() as stack:
         rewards = stack.enter_context(RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code))
         for line in rewards.describe():
-            log.say(f"reward {line}")
+            log.say(f"{phase_of(recipe)}: reward {line}")
             log.event("reward", line=line)
         training = _Training(
             recipe=recipe,
@@ -194,11 +199,12 @@ def _start(training: _Training, resume: bool) -> None:
     """Resumes if asked to, publishes, and passes the parity gate."""
     recipe = training.recipe
     newest = newest_checkpoint(training.folder / "checkpoints") if resume else None
-    if newest is not None:
-        training.load(newest)
-    if resume:  # also without a checkpoint: a run killed before its first one has logged steps that will be done again
-        training.log.truncate_after(recipe.name or recipe.method, training.step)
-        training.log.say(f"{recipe.name or recipe.method}: resumed after step {training.step}")
+    if resume:
+        if newest is not None:
+            training.load(newest)
+            training.log.say(f"{phase_of(recipe)}: resumed after step {training.step}")
+        # Also without a checkpoint: a run killed before its first one has logged steps that will be done again.
+        training.log.truncate_after(phase_of(recipe), training.step)
         training.log.event("resumed", step=training.step)
     first = training.stream.examples(training.step * _examples_per_step(recipe), _examples_per_step(recipe))
     training.log.event("data", fingerprint=fingerprint(first), examples=len(first))
@@ -223,7 +229,7 @@ def _gate(training: _Training, when: str) -> None:
         config=recipe.parity,
         seed=recipe.seed,
     )
-    training.log.say(f"parity {when}: {report}")
+    training.log.say(f"{phase_of(recipe)}: parity {when}: {report}")
     training.log.event("parity", when=when, engine_gap=report.engine_gap, packing_gap=report.packing_gap, text=str(report))
 
 
@@ -269,7 +275,7 @@ def _step_function(training: _Training) -> StepFunction:
 def _loop(training: _Training, step_function: StepFunction) -> None:
     """Steps from where the stage stands to its end, or to its plateau."""
     recipe, log = training.recipe, training.log
-    phase = recipe.name or recipe.method
+    phase = phase_of(recipe)
     count = _examples_per_step(recipe)
     log.start_phase(phase, num_steps=training.num_steps, steps_done=training.step)
     while training.step < training.num_steps and not _at_plateau(training):
@@ -306,10 +312,9 @@ def _at_plateau(training: _Training) -> bool:
     recipe = training.recipe
     if not isinstance(recipe, SftRecipe) or recipe.sft.plateau is None or training.plateau.stale < recipe.sft.plateau.patience:
         return False
-    training.log.say(
-        f"plateau after step {training.step}: no better than {training.plateau.best:.3f} in {training.plateau.stale} validations"
-    )
-    training.log.event("plateau", step=training.step, best=training.plateau.best)
+    best, stale = training.plateau.best, training.plateau.stale
+    training.log.say(f"{phase_of(recipe)}: plateau after step {training.step}, no better than {best:.3f} in {stale} validations")
+    training.log.event("plateau", step=training.step, best=best)
     return True
 
 
@@ -322,7 +327,7 @@ def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOp
     with RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code) as rewards:
         rewards.check_examples(examples)
         measured = evaluate(examples, recipe.evaluate, sampler=sampler, rewards=rewards, chat=loaded.chat, seed=recipe.seed)
-    log.metrics(recipe.name or recipe.method, 0, measured)
+    log.metrics(phase_of(recipe), 0, measured)
     described = {"model": loaded.folder, "num_examples": len(examples), "data": fingerprint(examples), **measured}
     (recipe.output / "evaluation.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return measured
