@@ -37,18 +37,18 @@ class ScoreSummary:
     components: Mapping[str, ComponentSummary]
 
     def metrics(self) -> dict[str, float]:
-        """Returns flat numbers for a log: `reward/mean`, `reward/unavailable_frac`, `reward/<component>/mean` and so on."""
+        """Returns flat numbers for a log: `reward`, `reward/<component>`, `unavailable_frac` and so on; seconds under `time/`."""
         numbers: dict[str, float] = {
-            "reward/unavailable_frac": self.num_unavailable / self.num_rollouts if self.num_rollouts else 0.0,
-            "reward/dropped_frac": self.num_dropped / self.num_rollouts if self.num_rollouts else 0.0,
+            "unavailable_frac": self.num_unavailable / self.num_rollouts if self.num_rollouts else 0.0,
+            "dropped_frac": self.num_dropped / self.num_rollouts if self.num_rollouts else 0.0,
         }
         if self.reward_mean is not None:
-            numbers["reward/mean"] = self.reward_mean
+            numbers["reward"] = self.reward_mean
         for name, component in self.components.items():
             if component.mean is not None:
-                numbers[f"reward/{name}/mean"] = component.mean
+                numbers[f"reward/{name}"] = component.mean
             numbers[f"reward/{name}/unavailable"] = float(component.num_unavailable)
-            numbers[f"reward/{name}/seconds"] = component.seconds
+            numbers[f"time/reward/{name}_s"] = component.seconds
             numbers |= {f"reward/{name}/metrics/{metric}": mean for metric, mean in component.metrics.items()}
         return numbers
 

@@ -22,6 +22,7 @@ from ..model.sampler import Sampler, SampleRequest, request_seed
 from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
+from ..rewards.summary import summarise
 from .advantages import group_advantages, has_signal
 from .config import PolicyLossConfig, RlConfig, SapoConfig
 from .policy_loss import engine_mismatch, grpo, gspo, ratio_statistics, reinforce, sapo, truncated_importance_weights
@@ -89,10 +90,10 @@ class RlStage:
             updates = [self._update(batches, logprobs, seen) for batches, logprobs in zip(mini_batches, old, strict=True)]
         with clock.phase("publish"):
             publish(self.learner, self.sampler)
-        measured = merge([*updates, _token_metrics(seen, self.config.policy_loss), _rollout_metrics(scored, self.config)])
+        measured = merge([*updates, _token_metrics(seen, self.config.policy_loss), _rollout_metrics(scored)])
         num_sampled = sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts)
         speeds = clock.metrics(num_sampled=num_sampled, num_unique=sum(part.num_unique_tokens for part in seen))
-        return RlStepResult(metrics={**measured, **speeds}, scored_groups=tuple(scored))
+        return RlStepResult(metrics={**measured, **summarise(scored).metrics(), **speeds}, scored_groups=tuple(scored))
 
     def _draw(self, step: int, examples: Sequence[Example]) -> list[Group]:
         requests = [
@@ -250,26 +251,20 @@ def policy_loss(config: PolicyLossConfig, logprobs: Tensor, old_logprobs: Tensor
             return reinforce(logprobs, advantages=advantages)
 
 
-def _rollout_metrics(scored: Sequence[ScoredGroup], config: RlConfig) -> dict[str, Metric]:
-    """Returns what the rollouts say before any update; a response counts as solved when its reward is above 0."""
+def _rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Metric]:
+    """Returns lengths and solved shares of the rollouts; a response counts as solved when its reward is above 0."""
     measured: dict[str, Metric] = {"groups_without_signal": total(0), "dropped_groups": total(0)}
-    rewards = [judged.score.reward for group in scored for judged in group.judged]
     rollouts = [judged.rollout for group in scored for judged in group.judged]
-    if rewards:
-        measured["reward"] = mean(sum(rewards) / len(rewards))
+    if rollouts:
         measured["truncated_frac"] = mean(sum(r.finish_reason == "length" for r in rollouts) / len(rollouts))
         measured["response_tokens"] = mean(sum(r.num_sampled_tokens for r in rollouts) / len(rollouts))
         measured["response_tokens_max"] = maximum(max(r.num_sampled_tokens for r in rollouts))
-    measured["unavailable_frac"] = mean(sum(len(group.unjudged) for group in scored) / (len(scored) * config.group_size))
     judged_groups = [[judged.score.reward for judged in group.judged] for group in scored if len(group.judged) >= 2]
     measured["dropped_groups"] = total(len(scored) - len(judged_groups))
     measured["groups_without_signal"] = total(sum(not has_signal(group) for group in judged_groups))
     if judged_groups:
         measured["solved_all_frac"] = mean(sum(min(group) > 0 for group in judged_groups) / len(judged_groups))
         measured["solved_none_frac"] = mean(sum(max(group) <= 0 for group in judged_groups) / len(judged_groups))
-    for name in sorted({name for group in scored for judged in group.judged for name in judged.score.results}):
-        values = [judged.score.results[name].value for group in scored for judged in group.judged if name in judged.score.results]
-        measured[f"reward/{name}"] = mean(sum(values) / len(values))
     return measured
 
 

@@ -264,14 +264,14 @@ def test_summary_by_component(length_rewards, make_group):
         "faulty": (2, 1, 1.0),
     }
     numbers = summary.metrics()
-    assert numbers["reward/unavailable_frac"] == 0.25
+    assert numbers["unavailable_frac"] == 0.25
     assert numbers["reward/length/metrics/chars"] == pytest.approx(8 / 3)
     assert numbers["reward/faulty/unavailable"] == 1.0
-    assert numbers["reward/slowly/seconds"] > 0.0
+    assert numbers["time/reward/slowly_s"] > 0.0
 
 
 def test_summary_of_nothing_has_no_means():
-    assert summarise([]).metrics() == {"reward/unavailable_frac": 0.0, "reward/dropped_frac": 0.0}
+    assert summarise([]).metrics() == {"unavailable_frac": 0.0, "dropped_frac": 0.0}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
