@@ -44,14 +44,6 @@ class ParityReport:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Probe:
-    """A rollout with the name of its example."""
-
-    place: str
-    rollout: Rollout
-
-
 def check_parity(
     prompts: Sequence[tuple[str, EncodedPrompt]],
     *,
@@ -78,7 +70,7 @@ def check_parity(
         for place, prompt in prompts
     ]
     groups = sampler.sample(requests)
-    families: list[list[Weighted[_Probe]]] = []
+    families: list[list[Weighted[Rollout]]] = []
     for (place, prompt), rollouts in zip(prompts, groups, strict=True):
         for rollout in rollouts:
             _check_media(place, prompt, rollout, chat)
@@ -98,10 +90,8 @@ def check_parity(
     )
 
 
-def _weighted(place: str, rollout: Rollout) -> Weighted[_Probe]:
-    sequence = TrainSequence(
-        token_ids=rollout.token_ids, trained=rollout.sampled, media=rollout.media, targets=_Probe(place=place, rollout=rollout)
-    )
+def _weighted(place: str, rollout: Rollout) -> Weighted[Rollout]:
+    sequence = TrainSequence(place=place, token_ids=rollout.token_ids, trained=rollout.sampled, media=rollout.media, targets=rollout)
     return Weighted(sequence=sequence, token_weight=0.0)
 
 
@@ -115,7 +105,7 @@ def _check_media(place: str, prompt: EncodedPrompt, rollout: Rollout, chat: Chat
         raise ParityError(f"{place}: the engine sampled vision token {stray[0]}: the allowed ids did not reach it")
 
 
-def _check_positions(sequences: Sequence[TrainSequence[_Probe]], learner: Learner, chat: Chat) -> None:
+def _check_positions(sequences: Sequence[TrainSequence[Rollout]], learner: Learner, chat: Chat) -> None:
     body: Any = learner.model.model
     for sequence in sequences:
         inputs = _transformers_inputs(sequence, chat, learner)
@@ -129,7 +119,7 @@ def _check_positions(sequences: Sequence[TrainSequence[_Probe]], learner: Learne
         if not torch.equal(expected[:, 0], ours):
             index = int((expected[:, 0] != ours).any(dim=0).nonzero()[0])
             raise ParityError(
-                f"{sequence.targets.place}: token {index} has position {ours[:, index].tolist()} in the learner and "
+                f"{sequence.place}: token {index} has position {ours[:, index].tolist()} in the learner and "
                 f"{expected[:, 0, index].tolist()} in transformers (rows t, h, w)"
             )
 
@@ -165,8 +155,8 @@ def one_by_one_logprobs(sequence: TrainSequence[Any], learner: Learner, chat: Ch
     return logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
 
 
-def _engine_logprobs(sequence: TrainSequence[_Probe]) -> Tensor:
-    rollout = sequence.targets.rollout
+def _engine_logprobs(sequence: TrainSequence[Rollout]) -> Tensor:
+    rollout = sequence.targets
     return torch.tensor([value for value, sampled in zip(rollout.sampler_logprobs, rollout.sampled, strict=True) if sampled])
 
 
@@ -174,7 +164,7 @@ def _engine_logprobs(sequence: TrainSequence[_Probe]) -> Tensor:
 class _Comparison:
     """The log-probs [trained tokens] of one response, twice."""
 
-    sequence: TrainSequence[_Probe]
+    sequence: TrainSequence[Rollout]
     ours: Tensor
     theirs: Tensor
     whose: str
@@ -185,7 +175,7 @@ class _Comparison:
         return float((self.ours - self.theirs).abs().nan_to_num(nan=torch.inf).max())
 
 
-def _compare_batch(batch: Batch[_Probe], learner: Learner, chat: Chat, distribution: Distribution) -> list[_Comparison]:
+def _compare_batch(batch: Batch[Rollout], learner: Learner, chat: Chat, distribution: Distribution) -> list[_Comparison]:
     packed = learner.logprobs(batch, distribution).logprobs.cpu()
     comparisons = []
     for sequence, ours in zip(batch.sequences, split_by_sequence(batch, packed), strict=True):
@@ -201,11 +191,11 @@ def _raise_first(comparisons: Sequence[_Comparison], config: ParityConfig) -> No
     if not beyond:
         return
     worst = min(beyond, key=lambda comparison: (bool(comparison.sequence.media), comparison.whose != "transformers"))
-    ours, theirs, probe = worst.ours, worst.theirs, worst.sequence.targets
+    ours, theirs, sequence = worst.ours, worst.theirs, worst.sequence
     index = int((~((ours - theirs).abs() <= config.max_abs_gap)).nonzero()[0])
-    token_id = probe.rollout.token_ids[index - len(ours)]
+    token_id = sequence.token_ids[index - len(ours)]
     raise ParityError(
-        f"{probe.place}: response token {index} (id {token_id}) has log-prob {ours[index]:.6f} in the learner and "
+        f"{sequence.place}: response token {index} (id {token_id}) has log-prob {ours[index]:.6f} in the learner and "
         f"{theirs[index]:.6f} in {worst.whose}; the limit is {config.max_abs_gap:g}; {_hint(worst, config)}"
     )
 

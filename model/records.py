@@ -240,6 +240,8 @@ class TrainSequence(Generic[Targets]):
     `targets` is the method's own record; its per-token arrays run over the trained tokens in order.
     """
 
+    place: str
+    """Whose sequence it is, for messages: an example id, with the number of the rollout where there are several."""
     token_ids: tuple[int, ...]
     """[T]"""
     trained: tuple[bool, ...]

@@ -145,6 +145,7 @@ def policy_families(scored: Sequence[ScoredGroup], config: RlConfig) -> list[lis
             [
                 Weighted(
                     sequence=TrainSequence(
+                        place=f"{group.example.id}, rollout {number}",
                         token_ids=judged.rollout.token_ids,
                         trained=judged.rollout.sampled,
                         media=judged.rollout.media,
@@ -159,7 +160,7 @@ def policy_families(scored: Sequence[ScoredGroup], config: RlConfig) -> list[lis
                     ),
                     token_weight=1.0 / (num_responses * judged.rollout.num_sampled_tokens),
                 )
-                for judged, advantage in zip(group.judged, advantages, strict=True)
+                for number, (judged, advantage) in enumerate(zip(group.judged, advantages, strict=True))
             ]
         )
     return families

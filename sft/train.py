@@ -60,4 +60,4 @@ def supervised_sequence(example: Example, chat: Chat) -> TrainSequence[NoTargets
         encoded = chat.encode_conversation(example.messages)
     except DataError as error:
         raise DataError(f"example {example.id}: {error}") from error
-    return TrainSequence(token_ids=encoded.token_ids, trained=encoded.trained, media=encoded.media, targets=NoTargets())
+    return TrainSequence(place=example.id, token_ids=encoded.token_ids, trained=encoded.trained, media=encoded.media, targets=NoTargets())

@@ -17,7 +17,7 @@ def batches(chat, make_image):
         prompt = chat.encode_prompt([Message(role="user", parts=parts)])
         ids = prompt.token_ids + response
         return TrainSequence(
-            token_ids=ids, trained=(False,) * len(prompt.token_ids) + (True,) * len(response), media=prompt.media, targets=None
+            place="row", token_ids=ids, trained=(False,) * len(prompt.token_ids) + (True,) * len(response), media=prompt.media, targets=None
         )
 
     seen = (make_image(), TextPart(text="the sum?"))

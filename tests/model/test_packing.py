@@ -57,7 +57,7 @@ def make_families(chat, media):
             ids += inserted
             trained += [False] * len(inserted)
             shown.append(media[element])
-        return TrainSequence(token_ids=tuple(ids), trained=tuple(trained), media=tuple(shown), targets=None)
+        return TrainSequence(place="row", token_ids=tuple(ids), trained=tuple(trained), media=tuple(shown), targets=None)
 
     def make(case):
         families = []
@@ -229,7 +229,7 @@ def test_a_sequence_over_the_budget_is_refused(make_families, chat):
 
 def plain_sequence(num_prompt, num_trained, first=1):
     ids = tuple(range(first, first + num_prompt + num_trained))
-    return TrainSequence(token_ids=ids, trained=(False,) * num_prompt + (True,) * num_trained, media=(), targets=None)
+    return TrainSequence(place="row", token_ids=ids, trained=(False,) * num_prompt + (True,) * num_trained, media=(), targets=None)
 
 
 @pytest.mark.parametrize("weighting", ["token", "sqrt", "sequence"])
@@ -287,7 +287,7 @@ def sequences(draw):
         ids += [piece] if isinstance(piece, int) else [100] * piece.image.width
         media += [] if isinstance(piece, int) else [piece]
     trained = [False, *(token != 100 and draw(st.booleans()) for token in ids[1:])]
-    return TrainSequence(token_ids=tuple(ids), trained=tuple(trained), media=tuple(media), targets=None)
+    return TrainSequence(place="row", token_ids=tuple(ids), trained=tuple(trained), media=tuple(media), targets=None)
 
 
 step = st.lists(st.lists(sequences(), min_size=1, max_size=6), min_size=1, max_size=5)
@@ -343,7 +343,9 @@ def test_every_distinct_prefix_stands_once(families):
 
 
 def test_the_example_of_the_docstring():
-    family = [TrainSequence(token_ids=(7, 8, 3, last), trained=(False, False, True, True), media=(), targets=None) for last in (2, 4)]
+    family = [
+        TrainSequence(place="row", token_ids=(7, 8, 3, last), trained=(False, False, True, True), media=(), targets=None) for last in (2, 4)
+    ]
     (batch,) = pack(weigh([family], "token"), media=FakeMedia(), token_budget=64)
     assert batch.token_ids.tolist() == [7, 8, 3, 2, 4]
     assert [(segment.start, segment.end, segment.parent) for segment in batch.segments] == [(0, 3, -1), (3, 4, 0), (4, 5, 0)]
@@ -393,7 +395,7 @@ def test_a_text_batch_holds_no_vision_input(make_families, chat):
 def test_images_are_told_apart_by_their_pixels(make_image, chat):
     def sequence(part, token):
         ids = (*chat.processed(part).placeholder_ids, token)
-        return TrainSequence(token_ids=(1, *ids), trained=(False,) * len(ids) + (True,), media=(part,), targets=None)
+        return TrainSequence(place="row", token_ids=(1, *ids), trained=(False,) * len(ids) + (True,), media=(part,), targets=None)
 
     def packed(*family):
         return pack(weigh([family], "token"), media=chat, token_budget=64)[0]
@@ -417,6 +419,6 @@ def test_images_are_told_apart_by_their_pixels(make_image, chat):
 )
 def test_placeholders_and_media_must_match(ids, num_images, words):
     trained = (False,) * (len(ids) - 1) + (True,)
-    sequence = TrainSequence(token_ids=ids, trained=trained, media=(IMAGES[1],) * num_images, targets=None)
+    sequence = TrainSequence(place="row", token_ids=ids, trained=trained, media=(IMAGES[1],) * num_images, targets=None)
     with pytest.raises(ValueError, match=words):
         pack(weigh([[sequence]], "token"), media=FakeMedia(), token_budget=64)

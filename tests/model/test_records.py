@@ -213,12 +213,12 @@ def test_a_rollout_counts_what_the_policy_wrote():
 
 
 def test_a_sequence_is_checked():
-    fine = TrainSequence(token_ids=(1, 2, 3), trained=(False, True, True), media=(), targets=None)
+    fine = TrainSequence(place="row", token_ids=(1, 2, 3), trained=(False, True, True), media=(), targets=None)
     assert fine.num_trained_tokens == 2
     with pytest.raises(AssertionError, match="token_ids and trained must have one length"):
-        TrainSequence(token_ids=(1, 2), trained=(False,), media=(), targets=None)
+        TrainSequence(place="row", token_ids=(1, 2), trained=(False,), media=(), targets=None)
     with pytest.raises(AssertionError, match="the first token has no token before it"):
-        TrainSequence(token_ids=(1, 2), trained=(True, True), media=(), targets=None)
+        TrainSequence(place="row", token_ids=(1, 2), trained=(True, True), media=(), targets=None)
 
 
 RECORDS = [
@@ -229,7 +229,7 @@ RECORDS = [
     an_example(),
     a_rollout(),
     Group(example=an_example(), rollouts=(a_rollout(),)),
-    TrainSequence(token_ids=(1, 2), trained=(False, True), media=(), targets=None),
+    TrainSequence(place="row", token_ids=(1, 2), trained=(False, True), media=(), targets=None),
 ]
 
 
