@@ -1,24 +1,38 @@
 """Attention over packed segments that share prefixes: a token sees its own past and all of its segment's ancestors.
 
-Registered with transformers' attention interface; the model code stays transformers'. This is the SDPA path: queries in
-blocks, keys gathered for each block (ancestors first, then the block itself), never `is_causal` where queries and keys differ in
-number (torch aligns that mask top left), no mask larger than block x keys.
+Every pair of a query and a key it may see is computed once: a segment attends to itself causally, and the descendants of a segment,
+which lie one after another behind it, attend to it in one call without a mask. The partial results of a query are merged by their
+log-sum-exp. So no key is copied for its many readers, and queries and keys of a causal call are the same tokens: how a kernel aligns its
+causal mask when they differ in number never matters. Backward calls the kernels' own backward with the merged output and
+log-sum-exp, which gives each part's exact gradient.
+
+Registered with transformers' attention interface; the model code stays transformers'. Kernels: flash attention (on CUDA its variable-
+length form), and plain matrix products where flash has none (fp32 on CUDA).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 PACKED_ATTENTION = "vlpost_packed"
 """The name under which transformers finds it."""
+
+GROUP_TOKENS = 64
+"""Short segments in a row share one masked call of at most this many tokens on the CPU, where a call costs as much as 16 tokens."""
+PIECE_TOKENS = 512
+"""Longer causal calls are cut on the CPU: its flash kernel computes most of the half that the mask hides."""
+
+# The kernels under torch.nn.attention.varlen, whose public function does not let another log-sum-exp into its backward.
+flash_varlen = torch.ops.aten._flash_attention_forward
+flash_varlen_backward = torch.ops.aten._flash_attention_backward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,146 +45,348 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QueryBlock:
-    """Queries [start, end) and the token ranges that hold every key they see, in order; the last range ends at `end`."""
+class Call:
+    """Queries [start, end) over keys [key_start, key_end): all of them, or causally, or by a mask."""
 
     start: int
     end: int
-    key_ranges: tuple[tuple[int, int], ...]
-    mask: Tensor
-    """[end - start, keys] bool, true where the query sees the key."""
+    key_start: int
+    key_end: int
+    is_causal: bool
+    mask: Tensor | None
+    """[queries, keys] bool, true where the query sees the key; only where `is_causal` is false"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VarlenPass:
+    """Calls whose queries are disjoint, as one variable-length kernel call."""
+
+    query_index: Tensor | None
+    """[queries] int64 tokens, None for all in order"""
+    key_index: Tensor | None
+    query_ends: Tensor
+    """[calls + 1] int32, cumulative numbers of queries"""
+    key_ends: Tensor
+    max_queries: int
+    max_keys: int
+    is_causal: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPlan:
     """How to attend over one packed batch; made once, read by every layer."""
 
-    blocks: tuple[QueryBlock, ...]
+    segments: tuple[Segment, ...]
+    own: tuple[Call, ...]
+    """Tokens over themselves; every token is a query of exactly one."""
+    ancestors: tuple[Call, ...]
+    """Each adds the keys of one ancestor to the queries of its descendants."""
+    passes: tuple[VarlenPass, ...]
+    """The same for CUDA's kernel, the own tokens first; empty elsewhere."""
 
     def to(self, device: torch.device) -> AttentionPlan:
-        """Returns the plan with its masks on `device`."""
-        blocks = tuple(
-            QueryBlock(start=block.start, end=block.end, key_ranges=block.key_ranges, mask=block.mask.to(device)) for block in self.blocks
-        )
-        return AttentionPlan(blocks=blocks)
+        """Returns the plan for kernels of `device`."""
+        passes = plan_passes(self.segments, device) if device.type == "cuda" else ()
+        return AttentionPlan(segments=self.segments, own=self.own, ancestors=self.ancestors, passes=passes)
 
 
-def plan_attention(segments: Sequence[Segment], *, block_tokens: int) -> AttentionPlan:
-    """Returns the plan for segments that lie one after another, parents before children, each tree contiguous.
+def plan_attention(segments: Sequence[Segment], *, group_tokens: int = GROUP_TOKENS, piece_tokens: int = PIECE_TOKENS) -> AttentionPlan:
+    """Returns the plan for segments that lie one after another, parents before children, depth first.
 
-    A block never crosses from one tree to the next and holds at most `block_tokens` queries; small segments of one tree share a
-    block, so that a group of short responses is one attention call.
+    Segments in a row with at most `group_tokens` tokens together become one masked call; a segment longer than `piece_tokens` is cut
+    into pieces, each the parent of the next.
     """
-    blocks: list[QueryBlock] = []
-    first = 0
-    while first < len(segments):
-        last = first + 1
-        while last < len(segments) and segments[last].parent >= 0:
-            last += 1
-        blocks += _plan_tree(segments, range(first, last), block_tokens)
-        first = last
-    return AttentionPlan(blocks=tuple(blocks))
+    pieces = _cut(segments, piece_tokens)
+    ends = _subtree_ends(pieces)
+    own: list[Call] = []
+    ancestors: list[Call] = []
+    for first, last in _runs(pieces, group_tokens):
+        start, end = pieces[first].start, pieces[last].end
+        mask = None if first == last else _mask(pieces, first, last)
+        own.append(Call(start=start, end=end, key_start=start, key_end=end, is_causal=first == last, mask=mask))
+        ancestors += [
+            Call(start=end, end=ends[index], key_start=pieces[index].start, key_end=pieces[index].end, is_causal=False, mask=None)
+            for index in range(first, last + 1)
+            if ends[index] > end
+        ]
+    return AttentionPlan(segments=tuple(segments), own=tuple(own), ancestors=tuple(ancestors), passes=())
 
 
-def _plan_tree(segments: Sequence[Segment], tree: range, block_tokens: int) -> list[QueryBlock]:
-    ancestors: dict[int, frozenset[int]] = {}
-    for index in tree:
+def plan_passes(segments: Sequence[Segment], device: torch.device) -> tuple[VarlenPass, ...]:
+    """Returns one causal pass over all segments and, for each depth of the trees, one pass of descendants over their ancestor there."""
+    depths: list[int] = []
+    for segment in segments:
+        depths.append(depths[segment.parent] + 1 if segment.parent >= 0 else 0)
+    ends = _subtree_ends(segments)
+    passes = [_varlen_pass([(range(s.start, s.end), range(s.start, s.end)) for s in segments], is_causal=True, device=device)]
+    inner = sorted((depths[i], i) for i in range(len(segments)) if ends[i] > segments[i].end)
+    for _, level in groupby(inner, key=lambda item: item[0]):
+        pairs = [(range(segments[i].end, ends[i]), range(segments[i].start, segments[i].end)) for _, i in level]
+        passes.append(_varlen_pass(pairs, is_causal=False, device=device))
+    return tuple(passes)
+
+
+def _varlen_pass(pairs: Sequence[tuple[range, range]], *, is_causal: bool, device: torch.device) -> VarlenPass:
+    def cumulative(ranges: Sequence[range]) -> Tensor:
+        return torch.tensor([0, *(len(r) for r in ranges)]).cumsum(0).to(torch.int32).to(device)
+
+    def index(ranges: Sequence[range]) -> Tensor:
+        return torch.cat([torch.arange(r.start, r.stop) for r in ranges]).to(device)
+
+    queries, keys = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return VarlenPass(
+        query_index=None if is_causal else index(queries),
+        key_index=None if is_causal else index(keys),
+        query_ends=cumulative(queries),
+        key_ends=cumulative(keys),
+        max_queries=max(map(len, queries)),
+        max_keys=max(map(len, keys)),
+        is_causal=is_causal,
+    )
+
+
+def _cut(segments: Sequence[Segment], piece_tokens: int) -> list[Segment]:
+    pieces: list[Segment] = []
+    last_piece: list[int] = []
+    for segment in segments:
+        parent = last_piece[segment.parent] if segment.parent >= 0 else -1
+        for start in range(segment.start, segment.end, piece_tokens):
+            pieces.append(Segment(start=start, end=min(start + piece_tokens, segment.end), parent=parent))
+            parent = len(pieces) - 1
+        last_piece.append(parent)
+    return pieces
+
+
+def _subtree_ends(segments: Sequence[Segment]) -> list[int]:
+    """Returns, for each segment, where the last of its descendants ends (its own end without any)."""
+    ends = [segment.end for segment in segments]
+    for index in range(len(segments) - 1, -1, -1):
         parent = segments[index].parent
-        ancestors[index] = frozenset({index}) | (ancestors[parent] if parent >= 0 else frozenset())
-    start, end = segments[tree[0]].start, segments[tree[-1]].end
-    blocks = []
-    for block_start in range(start, end, block_tokens):
-        block_end = min(block_start + block_tokens, end)
-        inside = [index for index in tree if segments[index].start < block_end and segments[index].end > block_start]
-        seen = sorted(frozenset().union(*(ancestors[index] for index in inside)))
-        ranges = _merge(
-            [(segments[i].start, min(segments[i].end, block_start)) for i in seen if segments[i].start < block_start],
-            block_start,
-            block_end,
-        )
-        blocks.append(
-            QueryBlock(
-                start=block_start,
-                end=block_end,
-                key_ranges=ranges,
-                mask=_block_mask(segments, inside, ancestors, block_start, block_end, ranges),
-            )
-        )
-    return blocks
+        if parent >= 0:
+            ends[parent] = max(ends[parent], ends[index])
+    return ends
 
 
-def _merge(before: list[tuple[int, int]], block_start: int, block_end: int) -> tuple[tuple[int, int], ...]:
-    merged: list[tuple[int, int]] = []
-    for start, end in [*before, (block_start, block_end)]:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], end)
+def _runs(segments: Sequence[Segment], group_tokens: int) -> list[tuple[int, int]]:
+    """Returns (first, last) of runs of segments with at most `group_tokens` tokens; a longer segment is a run alone."""
+    runs: list[tuple[int, int]] = []
+    for index, segment in enumerate(segments):
+        if runs and segment.end - segments[runs[-1][0]].start <= group_tokens:
+            runs[-1] = (runs[-1][0], index)
         else:
-            merged.append((start, end))
-    return tuple(merged)
+            runs.append((index, index))
+    return runs
 
 
-def _block_mask(
-    segments: Sequence[Segment],
-    inside: Sequence[int],
-    ancestors: dict[int, frozenset[int]],
-    block_start: int,
-    block_end: int,
-    ranges: Sequence[tuple[int, int]],
-) -> Tensor:
-    keys = torch.cat([torch.arange(start, end) for start, end in ranges])
-    mask = torch.zeros(block_end - block_start, len(keys), dtype=torch.bool)
-    for index in inside:
-        rows = slice(max(segments[index].start, block_start) - block_start, min(segments[index].end, block_end) - block_start)
-        for ancestor in ancestors[index]:
-            mask[rows] |= (keys >= segments[ancestor].start) & (keys < segments[ancestor].end)
-    return mask & (keys <= torch.arange(block_start, block_end)[:, None])
+def _mask(segments: Sequence[Segment], first: int, last: int) -> Tensor:
+    start, end = segments[first].start, segments[last].end
+    mask = torch.zeros(end - start, end - start, dtype=torch.bool)
+    for index in range(first, last + 1):
+        rows = slice(segments[index].start - start, segments[index].end - start)
+        ancestor = index
+        while ancestor >= first:
+            mask[rows, segments[ancestor].start - start : segments[ancestor].end - start] = True
+            ancestor = segments[ancestor].parent
+    return mask.tril()
 
 
-class _BlockAttention(torch.autograd.Function):
-    """SDPA block by block. Backward gathers each block's keys again instead of keeping them once for every block."""
+class _PackedAttention(torch.autograd.Function):
+    """Runs the plan's calls; keeps queries, keys, values, the output and one log-sum-exp a query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(query, key, value)
-        ctx.plan, ctx.scale = plan, scale
-        out = torch.empty_like(query)
-        for block in plan.blocks:
-            out[:, :, block.start : block.end] = _attend(
-                query[:, :, block.start : block.end], _gather(key, block), _gather(value, block), block.mask, scale
-            )
+        kernel = _kernel(query, plan, scale)
+        out, log_sum_exp = kernel.forward(query, key, value)
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        ctx.kernel = kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
-        query, key, value = ctx.saved_tensors
-        grad_out = grad_outputs[0]
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for block in ctx.plan.blocks:
-            rows = slice(block.start, block.end)
-            with torch.enable_grad():
-                inputs = [part.detach().requires_grad_() for part in (query[:, :, rows], _gather(key, block), _gather(value, block))]
-                out = _attend(inputs[0], inputs[1], inputs[2], block.mask, ctx.scale)
-            grads = torch.autograd.grad(out, inputs, grad_out[:, :, rows])
-            grad_query[:, :, rows] = grads[0]
-            offset = 0
-            for start, end in block.key_ranges:
-                grad_key[:, :, start:end] += grads[1][:, :, offset : offset + end - start]
-                grad_value[:, :, start:end] += grads[2][:, :, offset : offset + end - start]
-                offset += end - start
-        return grad_query, grad_key, grad_value, None, None
+        return (*ctx.kernel.backward(grad_outputs[0], *ctx.saved_tensors), None, None)
 
 
-def _gather(tensor: Tensor, block: QueryBlock) -> Tensor:
-    pieces = [tensor[:, :, start:end] for start, end in block.key_ranges]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _kernel(query: Tensor, plan: AttentionPlan, scale: float) -> MatmulKernel | VarlenKernel:
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return VarlenKernel(plan, scale)
+    if not query.is_cuda and query.dtype in (torch.float32, torch.bfloat16):
+        return CpuKernel(plan, scale)
+    return MatmulKernel(plan, scale)
+
+
+class MatmulKernel:
+    """One call after another, by plain matrix products."""
+
+    def __init__(self, plan: AttentionPlan, scale: float) -> None:
+        self.plan = plan
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the output [1, heads, T, D] and the log-sum-exp [1, heads, T] of the scaled scores."""
+        key, value = _for_every_head(query, key), _for_every_head(query, value)
+        # Laid out as [1, T, heads, D]: the output projection reads it without a copy, and backward keeps that one tensor.
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        log_sum_exp = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+        for call in self.plan.own:
+            rows = slice(call.start, call.end)
+            out[:, :, rows], log_sum_exp[:, :, rows] = self.attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], call)
+        for call in self.plan.ancestors:
+            rows, keys = slice(call.start, call.end), slice(call.key_start, call.key_end)
+            part, part_lse = self.attend(query[:, :, rows], key[:, :, keys], value[:, :, keys], call)
+            _merge(out[:, :, rows], log_sum_exp[:, :, rows], part, part_lse)
+        return out, log_sum_exp
+
+    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor) -> Gradients:
+        """Returns the gradients of queries, keys and values."""
+        full_key, full_value = _for_every_head(query, key), _for_every_head(query, value)
+        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(full_key), torch.zeros_like(full_value)
+        for call in (*self.plan.own, *self.plan.ancestors):
+            rows, keys = slice(call.start, call.end), slice(call.key_start, call.key_end)
+            parts = self.attend_backward(
+                grad[:, :, rows],
+                query[:, :, rows],
+                full_key[:, :, keys],
+                full_value[:, :, keys],
+                out[:, :, rows],
+                log_sum_exp[:, :, rows],
+                call,
+            )
+            grad_query[:, :, rows] += parts[0]
+            grad_key[:, :, keys] += parts[1]
+            grad_value[:, :, keys] += parts[2]
+        return grad_query, _sum_groups(grad_key, key), _sum_groups(grad_value, value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Returns output and log-sum-exp of one call."""
+        scores = self._scores(query, key, call)
+        log_sum_exp = scores.logsumexp(dim=-1)
+        return (scores - log_sum_exp[..., None]).exp().to(value.dtype) @ value, log_sum_exp
+
+    def attend_backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, call: Call
+    ) -> Gradients:
+        """Returns the gradients of one call; P = exp(scores - log_sum_exp), dS = P * (dO V^T - rowsum(dO * O))."""
+        weights = (self._scores(query, key, call) - log_sum_exp[..., None]).exp()
+        delta = (grad * out).sum(dim=-1, keepdim=True)
+        grad_scores = (weights * ((grad @ value.transpose(-1, -2)) - delta) * self.scale).to(query.dtype)
+        return grad_scores @ key, grad_scores.transpose(-1, -2) @ query, weights.to(grad.dtype).transpose(-1, -2) @ grad
+
+    def _scores(self, query: Tensor, key: Tensor, call: Call) -> Tensor:
+        scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * self.scale
+        mask = call.mask
+        if call.is_causal:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        return scores if mask is None else scores.masked_fill(~mask.to(query.device), -torch.inf)
+
+
+class CpuKernel(MatmulKernel):
+    """The same by torch's flash kernel for the CPU."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Returns output and log-sum-exp of one call."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, call.is_causal, attn_mask=self._bias(query, call), scale=self.scale
+        )
+
+    def attend_backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, call: Call
+    ) -> Gradients:
+        """Returns the gradients of one call."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, log_sum_exp, 0.0, call.is_causal, attn_mask=self._bias(query, call), scale=self.scale
+        )
+
+    def _bias(self, query: Tensor, call: Call) -> Tensor | None:
+        if call.mask is None:
+            return None
+        return torch.zeros(call.mask.shape, dtype=query.dtype).masked_fill(~call.mask, -torch.inf)
+
+
+class VarlenKernel:
+    """The plan's passes by CUDA's variable-length flash kernel; key heads are shared by query heads inside it."""
+
+    def __init__(self, plan: AttentionPlan, scale: float) -> None:
+        self.passes = plan.passes
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the output [1, heads, T, D] and the log-sum-exp [1, heads, T]."""
+        q, k, v = _tokens_first(query), _tokens_first(key), _tokens_first(value)
+        out, log_sum_exp = self._attend(q, k, v, self.passes[0])
+        for one in self.passes[1:]:
+            part, part_lse = self._attend(q[one.query_index], k[one.key_index], v[one.key_index], one)
+            merged, merged_lse = out[one.query_index].transpose(0, 1), log_sum_exp[:, one.query_index]
+            _merge(merged, merged_lse, part.transpose(0, 1), part_lse)
+            out[one.query_index], log_sum_exp[:, one.query_index] = merged.transpose(0, 1), merged_lse
+        return out.transpose(0, 1)[None], log_sum_exp[None]
+
+    def backward(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor) -> Gradients:
+        """Returns the gradients of queries, keys and values."""
+        g, q, k, v, o = (_tokens_first(tensor) for tensor in (grad, query, key, value, out))
+        lse = log_sum_exp[0]
+        grads = self._attend_backward(g, q, k, v, o, lse, self.passes[0])
+        for one in self.passes[1:]:
+            rows, keys = one.query_index, one.key_index
+            assert rows is not None, "only the first pass takes all tokens in order"
+            assert keys is not None, "only the first pass takes all tokens in order"
+            parts = self._attend_backward(g[rows], q[rows], k[keys], v[keys], o[rows], lse[:, rows].contiguous(), one)
+            for total, part, index in zip(grads, parts, (rows, keys, keys), strict=True):
+                total.index_add_(0, index, part)
+        return grads[0].transpose(0, 1)[None], grads[1].transpose(0, 1)[None], grads[2].transpose(0, 1)[None]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, one: VarlenPass) -> tuple[Tensor, Tensor]:
+        """Returns output [queries, heads, D] and log-sum-exp [heads, queries] of one pass."""
+        out, log_sum_exp, *_ = flash_varlen(
+            query, key, value, one.query_ends, one.key_ends, one.max_queries, one.max_keys, 0.0, one.is_causal, False, scale=self.scale
+        )
+        return out, log_sum_exp
+
+    def _attend_backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum_exp: Tensor, one: VarlenPass
+    ) -> Gradients:
+        unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the random state of dropout, of which there is none
+        return flash_varlen_backward(
+            grad.contiguous(),
+            query,
+            key,
+            value,
+            out,
+            log_sum_exp,
+            one.query_ends,
+            one.key_ends,
+            one.max_queries,
+            one.max_keys,
+            0.0,
+            one.is_causal,
+            unused,
+            torch.empty(0, device=query.device),
+            scale=self.scale,
+        )
+
+
+def _tokens_first(tensor: Tensor) -> Tensor:
+    """Returns [T, heads, D] of [1, heads, T, D]."""
+    return tensor[0].transpose(0, 1).contiguous()
+
+
+def _merge(out: Tensor, log_sum_exp: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Adds keys to an attention already taken over others, in place: out [..., D] and log_sum_exp [...]."""
+    merged = torch.logaddexp(log_sum_exp, part_lse)
+    out.mul_((log_sum_exp - merged).exp()[..., None].to(out.dtype)).add_(part * (part_lse - merged).exp()[..., None].to(out.dtype))
+    log_sum_exp.copy_(merged)
+
+
+def _for_every_head(query: Tensor, key: Tensor) -> Tensor:
+    """Returns keys (or values) repeated for each query head that reads them."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # SDPA's own enable_gqa leaves the fused CPU kernel for the one that holds all scores
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return key if groups == 1 else key.repeat_interleave(groups, dim=1)
+
+
+def _sum_groups(grad: Tensor, key: Tensor) -> Tensor:
+    return grad if grad.shape == key.shape else grad.unflatten(1, (key.shape[1], -1)).sum(dim=2)
 
 
 def packed_attention(
@@ -185,8 +401,9 @@ def packed_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attends by the plan; the signature is transformers' (query [1, heads, T, D]; returns [1, T, heads, D] and no weights)."""
-    assert attention_mask is None, "a packed batch carries its mask in the plan"
-    out = _BlockAttention.apply(query, key, value, attention_plan, scaling)
+    assert attention_mask is None, "a packed batch carries its masks in the plan"
+    # Under autocast the rotary embedding leaves queries and keys in fp32 and values in bf16; backward runs outside of autocast.
+    out = _PackedAttention.apply(query.to(value.dtype), key.to(value.dtype), value, attention_plan, scaling)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
 

@@ -21,8 +21,6 @@ from .records import DataError, ImagePart, MediaPart, TrainSequence
 Targets = TypeVar("Targets")
 TokenWeighting = Literal["token", "sqrt", "sequence"]
 
-QUERY_BLOCK_TOKENS = 256
-
 
 class MediaSource(Protocol):
     """What packing needs from `Chat`."""
@@ -329,7 +327,7 @@ def _assemble(trees: Sequence[_Tree[Targets]], media: MediaSource) -> Batch[Targ
     return Batch(
         token_ids=torch.tensor(assembly.token_ids),
         positions=torch.cat(assembly.positions, dim=1),
-        plan=plan_attention(segments, block_tokens=QUERY_BLOCK_TOKENS),
+        plan=plan_attention(segments),
         segments=segments,
         vision=assembly.vision(),
         target_ids=torch.tensor(target_ids, dtype=torch.int64),

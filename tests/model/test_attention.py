@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
-from vlpost.model.attention import PACKED_ATTENTION, Segment, packed_attention, plan_attention
+from vlpost.model import attention
+from vlpost.model.attention import PACKED_ATTENTION, AttentionPlan, Segment, packed_attention, plan_attention, plan_passes
 
 
 @st.composite
@@ -60,12 +62,15 @@ def attend(query, key, value, plan, scaling=0.7):
     return packed_attention(nn.Identity(), query, key, value, None, scaling=scaling, attention_plan=plan)[0]
 
 
-@given(forests(), st.integers(1, 12), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]))
+SIZES = st.tuples(st.integers(1, 12), st.integers(1, 8))
+
+
+@given(forests(), SIZES, st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]))
 @settings(max_examples=40, deadline=None)
-def test_plan_equals_a_dense_mask_forward_and_backward(segments, block_tokens, heads):
+def test_plan_equals_a_dense_mask_forward_and_backward(segments, sizes, heads):
     inputs = random_inputs(segments[-1].end, heads=heads[0], key_value_heads=heads[1])
     expected = dense_attention(*inputs, dense_mask(segments), 0.7)
-    found = attend(*inputs, plan_attention(segments, block_tokens=block_tokens))
+    found = attend(*inputs, plan_attention(segments, group_tokens=sizes[0], piece_tokens=sizes[1]))
     assert found.shape == (1, segments[-1].end, heads[0], 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -73,37 +78,57 @@ def test_plan_equals_a_dense_mask_forward_and_backward(segments, block_tokens, h
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-11)
 
 
-@given(forests(), st.integers(1, 12))
+@given(forests(), SIZES)
+@settings(max_examples=20, deadline=None)
+def test_the_flash_kernel_equals_the_dense_mask_in_fp32(segments, sizes):
+    inputs = [part.detach().float().requires_grad_() for part in random_inputs(segments[-1].end, heads=4, key_value_heads=2, width=32)]
+    expected = dense_attention(*inputs, dense_mask(segments), 0.2)
+    found = attend(*inputs, plan_attention(segments, group_tokens=sizes[0], piece_tokens=sizes[1]), scaling=0.2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for mine, other in zip(torch.autograd.grad(found, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
+@given(forests(), SIZES)
 @settings(max_examples=60, deadline=None)
-def test_blocks_cover_every_query_once_and_hold_only_keys_that_are_seen(segments, block_tokens):
-    dense = dense_mask(segments)
-    queries = []
-    for block in plan_attention(segments, block_tokens=block_tokens).blocks:
-        queries += range(block.start, block.end)
-        keys = [key for start, end in block.key_ranges for key in range(start, end)]
-        assert block.end - block.start <= block_tokens
-        assert block.mask.shape == (block.end - block.start, len(keys))
-        assert torch.equal(block.mask, dense[block.start : block.end, keys])
-        # No key outside the ranges is seen, and each gathered key is seen by some query of the block.
-        assert block.mask.sum() == dense[block.start : block.end].sum()
-        assert block.mask.any(dim=0).all()
-        assert keys == sorted(set(keys))
-        assert block.key_ranges[-1][1] == block.end
-    assert queries == list(range(segments[-1].end))
+def test_calls_compute_every_visible_pair_once_and_no_other(segments, sizes):
+    plan = plan_attention(segments, group_tokens=sizes[0], piece_tokens=sizes[1])
+    counts = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.int64)
+    for call in (*plan.own, *plan.ancestors):
+        seen = torch.ones(call.end - call.start, call.key_end - call.key_start, dtype=torch.bool)
+        if call.is_causal:
+            assert (call.start, call.end) == (call.key_start, call.key_end), (
+                "a causal call over other keys depends on the kernel's alignment"
+            )
+            seen = seen.tril()
+        if call.mask is not None:
+            assert call.end - call.start <= sizes[0]
+            seen = call.mask
+        counts[call.start : call.end, call.key_start : call.key_end] += seen.int()
+    assert torch.equal(counts, dense_mask(segments).long())
+    assert [call.start for call in plan.own] == [0, *(call.end for call in plan.own[:-1])]
 
 
-def test_a_group_of_short_responses_is_one_block_with_the_prompt_gathered_once():
-    segments = [Segment(start=0, end=8, parent=-1), *(Segment(start=8 + 2 * i, end=10 + 2 * i, parent=0) for i in range(4))]
-    plan = plan_attention(segments, block_tokens=8)
-    assert [(block.start, block.end, block.key_ranges) for block in plan.blocks] == [(0, 8, ((0, 8),)), (8, 16, ((0, 16),))]
-    assert plan.blocks[1].mask[0].tolist() == [True] * 9 + [False] * 7
-    assert plan.blocks[1].mask[7].tolist() == [True] * 8 + [False] * 6 + [True] * 2
+def test_a_group_is_one_call_over_the_prompt_and_one_for_each_response():
+    segments = [Segment(start=0, end=8, parent=-1), *(Segment(start=8 + 5 * i, end=13 + 5 * i, parent=0) for i in range(3))]
+    plan = plan_attention(segments, group_tokens=4, piece_tokens=100)
+    assert [(call.start, call.end, call.is_causal) for call in plan.own] == [(0, 8, True), (8, 13, True), (13, 18, True), (18, 23, True)]
+    assert [(call.start, call.end, call.key_start, call.key_end) for call in plan.ancestors] == [(8, 23, 0, 8)]
 
 
-def test_a_long_response_does_not_gather_its_siblings():
-    segments = [Segment(start=0, end=2, parent=-1), Segment(start=2, end=6, parent=0), Segment(start=6, end=10, parent=0)]
-    blocks = plan_attention(segments, block_tokens=2).blocks
-    assert [block.key_ranges for block in blocks[3:]] == [((0, 2), (6, 8)), ((0, 2), (6, 10))]
+def test_short_segments_share_a_masked_call_across_trees_and_long_ones_are_cut():
+    segments = [
+        Segment(start=0, end=2, parent=-1),
+        Segment(start=2, end=3, parent=0),
+        Segment(start=3, end=5, parent=-1),
+        Segment(start=5, end=12, parent=2),
+    ]
+    plan = plan_attention(segments, group_tokens=5, piece_tokens=4)
+    assert [(call.start, call.end, call.is_causal) for call in plan.own] == [(0, 5, False), (5, 9, True), (9, 12, True)]
+    assert plan.own[0].mask is not None
+    assert plan.own[0].mask.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert [(call.start, call.end, call.key_start, call.key_end) for call in plan.ancestors] == [(5, 12, 3, 5), (9, 12, 5, 9)]
 
 
 def test_gradcheck():
@@ -113,13 +138,69 @@ def test_gradcheck():
         Segment(start=3, end=5, parent=0),
         Segment(start=5, end=6, parent=-1),
     )
-    plan = plan_attention(segments, block_tokens=2)
+    plan = plan_attention(segments, group_tokens=2, piece_tokens=1)
     assert torch.autograd.gradcheck(lambda *inputs: attend(*inputs, plan), random_inputs(6, heads=2, key_value_heads=1, width=1))
+
+
+def varlen_by_loops(query, key, value, query_ends, key_ends, max_queries, max_keys, dropout, is_causal, debug, *, scale):
+    """The kernel's contract in plain products: [T, heads, D], key heads shared by groups of query heads."""
+    assert (dropout, debug) == (0.0, False)
+    assert (max_queries, max_keys) == (int(query_ends.diff().max()), int(key_ends.diff().max()))
+    out, log_sum_exp = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
+    for rows, keys in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends), strict=True):
+        scores = _scores(query[slice(*rows)], key[slice(*keys)], is_causal, scale)
+        log_sum_exp[:, slice(*rows)] = scores.logsumexp(-1)
+        out[slice(*rows)] = (scores.softmax(-1) @ _heads_first(value[slice(*keys)], query)).transpose(0, 1)
+    return out, log_sum_exp, None, None, None
+
+
+def varlen_backward_by_loops(
+    grad, query, key, value, out, log_sum_exp, query_ends, key_ends, max_queries, max_keys, dropout, is_causal, state, unused, *, scale
+):
+    grads = [torch.zeros_like(part) for part in (query, key, value)]
+    groups = query.shape[1] // key.shape[1]
+    for rows, keys in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends), strict=True):
+        q, k, v = query[slice(*rows)], key[slice(*keys)], value[slice(*keys)]
+        weights = (_scores(q, k, is_causal, scale) - log_sum_exp[:, slice(*rows), None]).exp()
+        g, o = grad[slice(*rows)].transpose(0, 1), out[slice(*rows)].transpose(0, 1)
+        grad_scores = weights * (g @ _heads_first(v, query).transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * scale
+        grads[0][slice(*rows)] += (grad_scores @ _heads_first(k, query)).transpose(0, 1)
+        for index, product in ((1, grad_scores.transpose(1, 2) @ q.transpose(0, 1)), (2, weights.transpose(1, 2) @ g)):
+            grads[index][slice(*keys)] += product.unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+    return tuple(grads)
+
+
+def _heads_first(key, query):
+    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(0, 1)
+
+
+def _scores(query, key, is_causal, scale):
+    scores = query.transpose(0, 1) @ _heads_first(key, query).transpose(1, 2) * scale
+    return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf) if is_causal else scores
+
+
+@given(forests())
+@settings(max_examples=30, deadline=None)
+def test_the_passes_for_cuda_compute_the_same_with_a_kernel_of_the_same_contract(segments):
+    inputs = random_inputs(segments[-1].end, heads=4, key_value_heads=2)
+    plan = plan_attention(segments)
+    cuda = AttentionPlan(segments=plan.segments, own=plan.own, ancestors=plan.ancestors, passes=plan_passes(segments, torch.device("cpu")))
+    expected = attend(*inputs, plan)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_kernel", lambda query, plan, scale: attention.VarlenKernel(plan, scale))
+        patch.setattr(attention, "flash_varlen", varlen_by_loops)
+        patch.setattr(attention, "flash_varlen_backward", varlen_backward_by_loops)
+        found = attend(*inputs, cuda)
+        mine = torch.autograd.grad(found, inputs, direction)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for one, other in zip(mine, torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
 def test_the_future_and_the_siblings_have_no_influence():
     segments = (Segment(start=0, end=3, parent=-1), Segment(start=3, end=6, parent=0), Segment(start=6, end=9, parent=0))
-    plan = plan_attention(segments, block_tokens=4)
+    plan = plan_attention(segments, group_tokens=4, piece_tokens=2)
     query, key, value = (part.detach() for part in random_inputs(9))
     before = attend(query, key, value, plan)
     value[:, :, 4:6] += 100.0
@@ -131,14 +212,14 @@ def test_the_future_and_the_siblings_have_no_influence():
 def test_transformers_finds_it_and_a_second_mask_is_refused():
     assert AttentionInterface()[PACKED_ATTENTION] is packed_attention
     query, key, value = random_inputs(2)
-    plan = plan_attention((Segment(start=0, end=2, parent=-1),), block_tokens=4)
-    with pytest.raises(AssertionError, match="a packed batch carries its mask in the plan"):
+    plan = plan_attention((Segment(start=0, end=2, parent=-1),))
+    with pytest.raises(AssertionError, match="a packed batch carries its masks in the plan"):
         packed_attention(nn.Identity(), query, key, value, torch.zeros(1), scaling=1.0, attention_plan=plan)
 
 
-def test_backward_keeps_the_inputs_and_not_the_gathered_keys():
+def test_backward_keeps_the_inputs_the_output_and_one_number_a_query_and_head():
     segments = (Segment(start=0, end=6, parent=-1), *(Segment(start=6 + i, end=7 + i, parent=0) for i in range(6)))
-    plan = plan_attention(segments, block_tokens=1)
+    plan = plan_attention(segments, group_tokens=1)
     saved = SimpleNamespace(elements=0)
 
     def count(tensor):
@@ -147,5 +228,12 @@ def test_backward_keeps_the_inputs_and_not_the_gathered_keys():
 
     query, key, value = random_inputs(12)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        attend(query, key, value, plan)
-    assert saved.elements == query.numel() + key.numel() + value.numel()
+        out = attend(query, key, value, plan)
+    assert saved.elements == query.numel() + key.numel() + value.numel() + out.numel() + query.shape[1] * query.shape[2]
+
+
+def test_the_output_is_laid_out_for_the_projection_behind_it():
+    query, key, value = random_inputs(5)
+    out = attend(query, key, value, plan_attention((Segment(start=0, end=5, parent=-1),)))
+    assert out.is_contiguous()
+    assert out.untyped_storage().nbytes() == out.numel() * 8
