@@ -23,7 +23,7 @@ install:
 	@bash install/install.sh
 
 quickstart: install
-	.venv/bin/vlpost run recipes/quickstart.yaml --resume
+	.venv/bin/vlpost run recipes/quickstart.yaml $(if $(wildcard outputs/quickstart/events.jsonl),--resume)
 
 # The program, not `python -m pytest`: that puts the checkout on sys.path, where `import model` finds a second copy of everything.
 test: install

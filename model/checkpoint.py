@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SPACE_FACTOR = 1.1
 """Free bytes asked for per byte of tensors: headers, block rounding, and what others write meanwhile."""
+_MAX_JSON_BYTES = 64 * 2**20
 
 
 class CheckpointError(VlpostError):
@@ -55,14 +56,24 @@ class Checkpoint:
 
 
 class Saveable(Protocol):
-    """A Hugging Face model or processor."""
+    """A Hugging Face model, adapter or processor."""
 
     def save_pretrained(self, save_directory: str) -> Any:  # noqa: ANN401
         """Writes itself into a folder."""
 
 
-def save_checkpoint(root: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
-    """Writes `root/step-NNNNNN` and returns it once it would survive a kill or a power cut; keeps the newest `keep` whole ones.
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+    protect: Collection[int] = (),
+) -> Path:
+    """Writes `root/step-NNNNNN` and returns it once it would survive a kill or a power cut.
+
+    Keeps the newest `keep` whole ones, and beside them those of the steps in `protect`.
 
     Tensors keep dtype, shape and bits. Tied or non-contiguous tensors are copied first: each name gets its own bytes in the file and
     comes back as its own tensor, so tie again after loading. `state` must be plain JSON that reads back equal: string keys, lists
@@ -79,7 +90,7 @@ def save_checkpoint(root: Path, step: int, *, tensors: Mapping[str, Mapping[str,
     state_json = _encode_state(state)
     for stem, named in tensors.items():
         _check_names(stem, named)
-    final = root / f"step-{step:06d}"
+    final = checkpoint_folder(root, step)
     partial = root / f".partial-{final.name}"
     needed = math.ceil(_SPACE_FACTOR * sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())) + len(
         state_json
@@ -107,8 +118,18 @@ def save_checkpoint(root: Path, step: int, *, tensors: Mapping[str, Mapping[str,
             f"{root}: step {step} could not be saved ({error}): {_megabytes(needed)} needed, {_free_space(root)}; "
             f"the partial folder was removed, {_survivor(root)}; free some space or mend the disk, then save again"
         ) from error
-    _retain(root, final, keep)
+    _retain(root, final, keep, protect)
     return final
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Returns the steps that have a checkpoint folder, whole or not, in order; `checkpoint_folder` tells where."""
+    return [step for step, _ in _step_folders(root)]
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step lies."""
+    return root / f"step-{step:06d}"
 
 
 def newest_checkpoint(root: Path) -> Path | None:
@@ -126,15 +147,30 @@ def load_checkpoint(path: Path) -> Checkpoint:
     damage = find_damage(path)
     if damage is not None:
         raise CheckpointError(f"{path}: not a whole checkpoint: {damage}; `newest_checkpoint` finds the newest whole one")
-    manifest = json.loads((path / _MANIFEST).read_bytes())
+    manifest = json.loads(_read_json(path / _MANIFEST))
     if "step" not in manifest or _STATE not in manifest["files"]:
         raise CheckpointError(f"{path}: an exported model, not a checkpoint: its manifest has no step or no {_STATE}")
-    stems = [name.removesuffix(".safetensors") for name in manifest["files"] if name.endswith(".safetensors")]
-    return Checkpoint(
-        step=manifest["step"],
-        tensors={stem: load_file(path / f"{stem}.safetensors") for stem in stems},
-        state=json.loads((path / _STATE).read_bytes()),
-    )
+    strange = [name for name in manifest["files"] if name != _STATE and not name.endswith(".safetensors")]
+    if strange:
+        raise CheckpointError(
+            f"{path}: lists {strange[0]!r}: a checkpoint holds {_STATE} and .safetensors files and nothing that could run; "
+            "it is not one of ours, do not use it"
+        )
+    stems = [name.removesuffix(".safetensors") for name in manifest["files"] if name != _STATE]
+    try:
+        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in stems}
+        state = json.loads(_read_json(path / _STATE))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the manifest fits and a file cannot be read ({error}); it is not one of ours") from error
+    return Checkpoint(step=manifest["step"], tensors=tensors, state=state)
+
+
+def _read_json(path: Path) -> bytes:
+    """Returns the bytes of a JSON file, bounded: ours have kilobytes."""
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has {_megabytes(size)}, at most {_megabytes(_MAX_JSON_BYTES)} are read")
+    return path.read_bytes()
 
 
 def find_damage(folder: Path) -> str | None:
@@ -143,7 +179,7 @@ def find_damage(folder: Path) -> str | None:
     Files that the manifest does not list are not looked at and never read.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        manifest = json.loads(_read_json(folder / _MANIFEST))
     except OSError as error:
         return f"{_MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, RecursionError) as error:
@@ -271,10 +307,10 @@ def _make_way(root: Path, step: int) -> None:
         folder.rename(aside)
 
 
-def _retain(root: Path, newest: Path, keep: int) -> None:
+def _retain(root: Path, newest: Path, keep: int, protect: Collection[int]) -> None:
     """Deletes whole checkpoints beyond the newest `keep`; a folder without its files is not counted and left for a person to look at."""
-    older = [folder for _, folder in reversed(_step_folders(root)) if folder != newest and (folder / _MANIFEST).is_file()]
-    for folder in older[keep - 1 :]:
+    older = [(step, folder) for step, folder in reversed(_step_folders(root)) if folder != newest and (folder / _MANIFEST).is_file()]
+    for folder in [folder for step, folder in older[keep - 1 :] if step not in protect]:
         deleted = root / f".deleted-{folder.name}"
         try:
             folder.rename(deleted)  # first the name, so that a kill during the deletion leaves no torn checkpoint
@@ -299,14 +335,25 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def export_model(folder: Path, *, model: Saveable, processor: Saveable) -> Path:
+def export_model(
+    folder: Path, *, model: Saveable, processor: Saveable, adapter_of: str | None = None, weights: Mapping[str, Tensor] | None = None
+) -> Path:
     """Writes model and processor as a Hugging Face folder with our manifest, and returns it once it would survive a power cut.
+
+    `weights`, as the hub names and lays them out, are written in place of the model's own, where those are shards.
+    A model with an adapter is written merged, itself only read; with `adapter_of`, the folder or hub name of its base, only the
+    adapter is written, as peft and vLLM load it.
 
     Written aside and renamed into place. An earlier export (a folder with a manifest) is replaced: it is renamed to `.old-<name>`,
     then deleted; between the two renames a kill leaves the old export under that name, and the next export puts it back first. A
     folder that is neither empty nor an export is never replaced. Raises `CheckpointError` when writing fails or the model's
     or the processor's files are not there afterwards.
     """
+    # Not at the top: transformers takes seconds to import, and saving or reading a checkpoint does without it.
+    from .experts import GatheredModel, save_model
+    from .lora import exportable
+
+    model = exportable(model, adapter_of=adapter_of) if weights is None else GatheredModel(model=model, weights=weights)
     partial, old = folder.with_name(f".partial-{folder.name}"), folder.with_name(f".old-{folder.name}")
     try:
         if old.exists() and not folder.exists():
@@ -319,7 +366,7 @@ def export_model(folder: Path, *, model: Saveable, processor: Saveable) -> Path:
             if stale.exists():
                 shutil.rmtree(stale)
         partial.mkdir(parents=True)
-        model.save_pretrained(str(partial))
+        save_model(model, partial)
         processor.save_pretrained(str(partial))
         _check_export(partial, folder)
         _seal(partial, {})

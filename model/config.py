@@ -12,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Part = Literal["vision", "merger", "language"]
 """Parts of a Qwen3-VL that freeze on their own: the tower, its mergers (DeepStack's too), the language model with its head."""
 
-DType = Literal["float32", "bfloat16"]
+DType = Literal["auto", "float32", "bfloat16"]
+"""auto: bfloat16 on a GPU, float32 on the CPU."""
+
+Layout = Literal["ddp", "fsdp2"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -26,14 +29,42 @@ class Settings(BaseModel):
 class NanoConfig(Settings):
     """A tiny random Qwen3-VL, built when the run starts."""
 
-    size: Literal["s", "m"] = "s"
-    """s: about 1 M parameters, m: about 4 M."""
+    size: Literal["s", "m", "moe-s"] = "s"
+    """s: about 1 M parameters, m: about 4 M, moe-s: s as a mixture of eight experts, two a token, about 2 M."""
+    tied: bool | None = None
+    """Whether the head is the embedding (as in the 2B and 4B) or its own weight (as in all larger ones); absent: own for moe-s only."""
     vocab_size: int = Field(default=448, ge=384, le=1024)
     """Size of the byte-level BPE that is trained on the track's own text."""
     thinking: bool = False
     """True: the chat template of the Thinking variant, which opens the think block in the prompt."""
     max_image_tokens: int = Field(default=64, ge=1)
     """Largest image in merged tokens (32 x 32 pixels each); larger ones are resized by the image processor."""
+
+
+class LoraConfig(Settings):
+    """A low-rank adapter on frozen weights, without dropout: a policy ratio needs two forwards of one policy to be one function.
+
+    Defaults of rank and alpha: Thinking Machines' "LoRA Without Regret" (2025) finds alpha 32 with a factor alpha / rank good over all
+    ranks, small ranks enough for RL, and adapters on the MLP needed beside those on attention. The best learning rate was about ten
+    times that of full training.
+    """
+
+    rank: int = Field(default=16, ge=1, le=512)
+    """Inner width of each adapter; vLLM 0.32 serves at most 512."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's output is multiplied by alpha / rank."""
+    parts: tuple[Part, ...] = Field(default=("language",), min_length=1)
+    """Whose linear layers (attention and MLP) get an adapter; embeddings, head, norms, routers and fused experts never do."""
+    publish: Literal["adapter", "merged"] = "adapter"
+    """How the engine gets a new version: the adapter alone, or base plus adapter as whole weights, for what an engine cannot adapt."""
+    seed: int = Field(default=0, ge=0)
+    """Of A's initial values; B starts at 0."""
+
+    @model_validator(mode="after")
+    def _parts_once(self) -> LoraConfig:
+        if len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"learner.lora.parts = {list(self.parts)}: names a part twice; name each once")
+        return self
 
 
 class LearnerConfig(Settings):
@@ -57,12 +88,30 @@ class LearnerConfig(Settings):
     gradient_checkpointing: bool = False
     freeze: tuple[Part, ...] = ()
     """Parts that are not trained."""
-    dtype: DType = "float32"
+    lora: LoraConfig | None = None
+    """Trains an adapter instead of the weights; absent: the weights."""
+    dtype: DType = "auto"
+    """Of the arithmetic; trained weights, gradients, the optimizer's state and log-probs are float32 in both."""
+    router_loss_coef: float = Field(default=0.0, ge=0)
+    """Mixtures of experts: factor of the load-balancing loss of the whole step (1 when experts are used evenly). transformers' 0.001 is
+    0.001 x experts per token here. Off by default: in RL it pulls the policy away from the one that drew the responses."""
+    layout: Layout = "fsdp2"
+    """How several processes share the model: sharded weights, gradients and optimizer, or a whole copy each. Unused with one process."""
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> LearnerConfig:
         if set(self.freeze) == set(get_args(Part)):
             raise ValueError("learner.freeze names every part of the model: nothing is left to train")
+        return self
+
+    @model_validator(mode="after")
+    def _adapted_or_frozen(self) -> LearnerConfig:
+        both = [part for part in self.freeze if self.lora is not None and part in self.lora.parts]
+        if both:
+            raise ValueError(
+                f"learner.freeze and learner.lora.parts both name {', '.join(both)}: a part cannot be frozen and get an adapter; take it "
+                "out of one (with an adapter the weights themselves never change)"
+            )
         return self
 
 
@@ -85,11 +134,26 @@ class SamplerConfig(Settings):
     max_videos_per_prompt: int = Field(default=1, ge=0)
 
 
+class MeanParityConfig(Settings):
+    """Limits over all sampled tokens together, for arithmetic whose rounding moves single tokens a lot; d = learner - engine, nats."""
+
+    max_mean_gap: float = Field(gt=0)
+    """Of |d|"""
+    max_kl: float = Field(gt=0)
+    """Of exp(d) - 1 - d, the k3 estimate of KL(engine || learner)"""
+    max_beyond_2_frac: Share
+    """Of the share of tokens with exp(|d|) above 2"""
+
+
 class ParityConfig(Settings):
     """The gate between engine and learner: before step 1 and after the first publishes."""
 
     max_abs_gap: float = Field(default=1e-4, gt=0)
-    """Largest |engine log-prob - learner log-prob| of a sampled token, in nats (fp32)."""
+    """float32: largest |engine log-prob - learner log-prob| of a sampled token, in nats."""
+    bfloat16: MeanParityConfig = MeanParityConfig(max_mean_gap=0.03, max_kl=2e-3, max_beyond_2_frac=2e-3)
+    """bfloat16, dense models: a few times what rounding alone gives."""
+    bfloat16_experts: MeanParityConfig = MeanParityConfig(max_mean_gap=0.06, max_kl=1e-2, max_beyond_2_frac=0.02)
+    """bfloat16, mixtures of experts: rounding also flips routers that are nearly tied."""
     num_examples: int = Field(default=8, ge=1)
     num_publishes: int = Field(default=2, ge=0)
     """How many publishes are followed by a check."""

@@ -1,27 +1,32 @@
-"""The learner: log-probs of packed batches, gradients of any per-token loss, optimizer steps."""
+"""The learner: log-probs of packed batches, gradients of any per-token loss, optimizer steps, on one process or many."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from .config import LearnerConfig
-from .loading import freeze
+from .divergence import token_kl
+from .experts import Routing, count_routed, has_experts, record_routing, router_balance_loss
+from .layout import Ranks, build_accelerator, full_tensor, is_sharded, machine_dtype, reshard, shard, shard_like
+from .loading import freeze, hub_weights
 from .logprobs import token_logprobs
-from .packing import Batch, VisionInputs
+from .lora import add_adapter
+from .metrics import Metric, maximum, total
+from .packing import Batch, empty_batch
 from .records import VlpostError
+from .reference import AdapterOff, FrozenCopy, ReferenceStates
+from .training_state import load_optimizer_tensors, optimizer_tensors
+from .vision import VisionPass, vision_pass
 
-
-class NonFiniteError(VlpostError):
-    """A loss or gradient that is not finite; no weight has been changed by it."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +37,8 @@ class TokenLogprobs:
     """[N] nats, fp32"""
     entropy: Tensor
     """[N] nats, fp32, without gradient"""
+    reference_kl: Tensor | None
+    """[N] nats, fp32: exact KL(policy || reference), where a reference was handed in"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,114 +53,361 @@ class Distribution:
 FULL_DISTRIBUTION = Distribution(temperature=1.0, allowed=None)
 """The model's own distribution: what supervised losses are about."""
 
+TokenLoss = Callable[[TokenLogprobs], Tensor]
+"""Maps the outputs for a batch's N targets to the loss [N] of each."""
+
 
 class Policy(nn.Module):
-    """Vision, text and head under one root forward, so that one wrapper (DDP, FSDP) covers all of them."""
+    """Whatever is computed with the model is one forward of this root, so that one wrapper (DDP, FSDP) covers vision, text and head."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch[Any], distribution: Distribution) -> TokenLogprobs:
-        """Returns log-probs and entropy of the batch's targets."""
-        body: Any = self.model.model
-        hidden = body(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.positions[:, None],
-            mm_encoder_outputs=_vision_features(body, batch.vision) if batch.vision else None,
-            use_cache=False,
-            attention_plan=batch.plan,
-        ).last_hidden_state[0]
-        head: Any = self.model.get_output_embeddings()
-        logprobs, entropy = token_logprobs(
-            hidden[batch.hidden_index],
-            head.weight,
-            token_ids=batch.target_ids,
-            allowed=distribution.allowed,
-            temperature=distribution.temperature,
-        )
-        return TokenLogprobs(logprobs=logprobs, entropy=entropy)
+    def forward(self, compute: Callable[[PreTrainedModel], Result]) -> Result:
+        """Returns `compute(model)`."""
+        return compute(self.model)
 
 
-def _vision_features(body: Any, vision: VisionInputs) -> dict[str, BaseModelOutputWithDeepstackFeatures]:  # noqa: ANN401
-    """Returns the features of every placeholder run, from one tower pass over the distinct images and videos."""
-    features = body.get_image_features(vision.pixel_values, vision.grid_thw, return_dict=True)
-    return {
-        kind: BaseModelOutputWithDeepstackFeatures(
-            pooler_output=tuple(features.pooler_output[entry] for entry in order),  # pyright: ignore[reportArgumentType]
-            deepstack_features=[tuple(level[entry] for entry in order) for level in features.deepstack_features],  # pyright: ignore[reportArgumentType]
-        )
-        for kind, order in (("image", vision.image_order), ("video", vision.video_order))
-        if order
-    }
+def batch_logprobs(
+    model: PreTrainedModel, batch: Batch[Any], distribution: Distribution, *, vision: VisionPass, reference: ReferenceStates | None = None
+) -> TokenLogprobs:
+    """Returns what the model says of the batch's targets, in one forward over its unique tokens."""
+    hidden = target_states(model, batch, vision=vision)
+    head = head_of(model)
+    logprobs, entropy = token_logprobs(
+        hidden, head, token_ids=batch.target_ids, allowed=distribution.allowed, temperature=distribution.temperature
+    )
+    kl = None
+    if reference is not None:
+        reference_head = head.detach() if reference.head is None else reference.head
+        kl = token_kl(hidden, head, reference.hidden, reference_head, allowed=distribution.allowed, temperature=distribution.temperature)
+    return TokenLogprobs(logprobs=logprobs, entropy=entropy, reference_kl=kl)
+
+
+def target_states(model: PreTrainedModel, batch: Batch[Any], *, vision: VisionPass) -> Tensor:
+    """Returns the last hidden states [N, H] that predict the batch's targets."""
+    body: Any = model.model
+    hidden = body(
+        input_ids=batch.token_ids[None],
+        position_ids=batch.positions[:, None],
+        mm_encoder_outputs=vision.features,
+        use_cache=False,
+        attention_plan=batch.plan,
+    ).last_hidden_state[0]
+    if vision.zero is not None:
+        hidden = hidden + vision.zero.to(hidden.dtype)
+    return hidden[batch.hidden_index]
+
+
+def head_of(model: PreTrainedModel) -> Tensor:
+    """Returns the output matrix [V, H]."""
+    head: Any = model.get_output_embeddings()
+    return head.weight
 
 
 class Learner:
     """Holds the policy and its optimizer; `policy_version` counts the updates in the weights.
 
-    A step is: `forward_backward` for every micro-batch, then `optim_step`. Token weights of all micro-batches sum to one, so the
-    gradient does not depend on how the step was cut.
+    A step is `update`: `forward_backward` for every micro-batch, then `optim_step`. Token weights of all micro-batches of all ranks sum
+    to one, so the gradient does not depend on how the step was cut. With several ranks every method here that computes is
+    called by all of them, with equally many batches (`fill`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, config: LearnerConfig, num_steps: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, config: LearnerConfig, num_steps: int, reference: PreTrainedModel | None = None) -> None:
+        """`reference` is the start model once more, for `reference_states`; a policy with an adapter needs none."""
         self.config = config
         self.num_steps = num_steps
         self.policy_version = 0
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.nonfinite_in_a_row = 0
+        """Updates dropped since the last good one"""
+        self.dtype = machine_dtype(config.dtype)
+        self.accelerator = build_accelerator(config.layout, self.dtype)
+        self.ranks = Ranks()
         freeze(model, config.freeze)
+        if config.lora is not None:
+            add_adapter(model, config.lora)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # masters; autocast or FSDP computes in `dtype`
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
+        self._trains_vision = any(p.requires_grad for name, p in model.named_parameters() if "visual." in name)
+        policy = Policy(model)
+        if is_sharded(config.layout):
+            shard(policy, self.accelerator, self.dtype)
+            self.policy = policy
+        else:
+            self.policy = self.accelerator.prepare(policy)
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
             trained, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
         )
-        self.policy, self.optimizer = self.accelerator.prepare(Policy(model), optimizer)
+        self._reference: AdapterOff | FrozenCopy | None = None
+        if reference is not None:
+            self._reference = FrozenCopy(Policy(reference), config=config, accelerator=self.accelerator, dtype=self.dtype)
+        elif config.lora is not None:
+            self._reference = AdapterOff(self.model, self.policy)
+        if config.router_loss_coef and not has_experts(model):
+            raise VlpostError(f"learner.router_loss_coef = {config.router_loss_coef}: the model has no router; leave it out")
+        # Kept: asking `model` for it frees gathered weights, and between forward and backward they are still needed.
+        self._text_config: Any = model.config.get_text_config()
+        self._routed: Tensor | None = None
+        self._router_loss = 0.0
+        self._faults: list[str] = []
+        self._watched: list[tuple[Batch[Any], Tensor]] = []
+        self._frozen_passes: dict[int, tuple[Batch[Any], VisionPass]] = {}
 
     @property
     def model(self) -> PreTrainedModel:
-        """The unwrapped transformers model."""
+        """The unwrapped transformers model; with FSDP its weights are shards: compute with it through `run`."""
+        reshard(self.policy)
         return self.accelerator.unwrap_model(self.policy).model
+
+    def run(self, compute: Callable[[PreTrainedModel], Result]) -> Result:
+        """Returns `compute(model)`, run inside the wrappers and in the learner's precision."""
+        return self.policy(compute)
+
+    def describe(self) -> str:
+        """Returns where and how it computes, in words: what was chosen by default depends on the machine."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        shared = f", {self.ranks.size} processes, {self.config.layout}" if self.ranks.size > 1 else ""
+        return f"learner on {self.accelerator.device.type}, {dtype}{shared}"
+
+    def fill(self, batches: Sequence[Batch[Any]]) -> list[Batch[Any]]:
+        """Returns the batches, with empty ones behind them if another rank has more: ranks run equally many forwards."""
+        count = max(self.ranks.gather(len(batches)))
+        return [*batches, *(empty_batch() for _ in range(count - len(batches)))]
 
     def logprobs(self, batch: Batch[Any], distribution: Distribution) -> TokenLogprobs:
         """Returns log-probs and entropy without a gradient."""
         with torch.no_grad():
-            return self.policy(batch.to(self.accelerator.device), distribution)
+            return self.run(self._outputs_of(batch, distribution))
 
-    def forward_backward(self, batch: Batch[Any], distribution: Distribution, loss: Callable[[TokenLogprobs], Tensor]) -> float:
+    def reference_states(self, batch: Batch[Any], distribution: Distribution) -> ReferenceStates:
+        """Returns what the reference says of the batch's targets; a frozen tower's features are shared with the policy."""
+        assert self._reference is not None, "a learner without an adapter needs a reference model"
+        on_device = batch.to(self.accelerator.device)
+
+        shared: VisionPass | None = None
+        if not self._trains_vision:
+            with torch.no_grad():
+                shared = self.run(lambda model: self._vision(model.model, batch, on_device))
+        has_own_head = isinstance(self._reference, FrozenCopy)
+
+        def compute(model: PreTrainedModel) -> ReferenceStates:
+            vision = shared or vision_pass(model.model, on_device.vision, must_run=is_sharded(self.config.layout))
+            hidden, head = target_states(model, on_device, vision=vision), full_tensor(head_of(model))
+            logprobs, _ = token_logprobs(
+                hidden, head, token_ids=on_device.target_ids, allowed=distribution.allowed, temperature=distribution.temperature
+            )
+            return ReferenceStates(logprobs=logprobs, hidden=hidden, head=head if has_own_head else None)
+
+        return self._reference.run(compute)
+
+    def update(
+        self,
+        batches: Sequence[Batch[Any]],
+        distribution: Distribution,
+        losses: Sequence[TokenLoss],
+        references: Sequence[ReferenceStates | None] | None = None,
+    ) -> dict[str, Metric]:
+        """Does one optimizer update and returns `loss`, of which each rank has a part, and what `optim_step` returns.
+
+        `references`, one a batch, give the losses `reference_kl`. With `router_loss_coef` the balance loss of the whole step is added
+        (`router_loss`, without the coefficient).
+        """
+        if self.config.router_loss_coef:
+            self._routed = self._count_routed(batches, distribution)
+        references = references or [None] * len(batches)
+        loss = sum(
+            self.forward_backward(batch, distribution, loss, reference=reference, is_last=index == len(batches) - 1)
+            for index, (batch, loss, reference) in enumerate(zip(batches, losses, references, strict=True))
+        )
+        measured = {name: maximum(value) for name, value in self.optim_step().items()}
+        # Every rank drops the same updates, and a step may have several.
+        measured["nonfinite_updates"] = total(measured["nonfinite_updates"].value / self.ranks.size)
+        if self._routed is not None:
+            measured["router_loss"] = total(self._router_loss)
+            self._routed, self._router_loss = None, 0.0
+        return {"loss": total(loss), **measured}
+
+    def forward_backward(
+        self,
+        batch: Batch[Any],
+        distribution: Distribution,
+        loss: TokenLoss,
+        *,
+        reference: ReferenceStates | None = None,
+        is_last: bool = True,
+    ) -> float:
         """Adds the gradient of `(token_weights * loss(outputs)).sum()` and returns that sum.
 
-        `loss` maps the outputs to per-token losses [N]. The sum is multiplied by the number of ranks, because DDP and FSDP average
-        gradients over ranks and the weights of all ranks together sum to one.
+        The sum is multiplied by the number of ranks, because DDP and FSDP average gradients over ranks and the weights of all ranks
+        together sum to one. DDP's ranks exchange gradients when `is_last` is true, once a step.
         """
-        batch = batch.to(self.accelerator.device)
-        outputs: TokenLogprobs = self.policy(batch, distribution)
-        weighted = (batch.token_weights * loss(outputs)).sum()
-        if not torch.isfinite(weighted):
-            self.optimizer.zero_grad()
-            raise NonFiniteError(
-                f"the loss of update {self.policy_version + 1} is {weighted.item()}: the step is dropped, weights are unchanged"
-            )
-        self.accelerator.backward(weighted * self.accelerator.num_processes)
+        is_apart = self.config.layout == "ddp" and not is_last
+        with self.accelerator.no_sync(self.policy) if is_apart else nullcontext(), self._recorded_routing() as routing:
+            outputs = self.run(self._outputs_of(batch, distribution, reference))
+            per_token = loss(outputs)
+            self._watch(batch, outputs, per_token)
+            weighted = (batch.token_weights.to(per_token.device) * per_token).sum()
+            objective = weighted + self._balance_loss(batch, routing) if routing else weighted
+            self.accelerator.backward(objective * self.ranks.size)
         return weighted.item()
 
     def optim_step(self) -> dict[str, float]:
-        """Clips, updates, clears the gradient; returns grad_norm (before clipping, L2) and learning_rate."""
+        """Clips, updates, clears the gradient; returns grad_norm (before clipping, L2), learning_rate and nonfinite_updates.
+
+        A loss or gradient that is not finite on any rank drops the update on all of them (nonfinite_updates is 1, the others are left out):
+        weights and optimizer stay as they are, `nonfinite_in_a_row` counts up and `take_faults` names the examples.
+        """
+        clipped = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        assert clipped is not None, "only DeepSpeed clips on its own and returns nothing"
+        norm = float(full_tensor(clipped))
+        fault = self._find_fault(norm)
+        self._watched.clear()
+        self._frozen_passes.clear()
+        if fault is not None:
+            self.optimizer.zero_grad()
+            self.nonfinite_in_a_row += 1
+            self._faults.append(fault)
+            return {"nonfinite_updates": 1.0}
         learning_rate = scheduled_learning_rate(self.config, self.policy_version, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        clipped = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        assert clipped is not None, "only DeepSpeed clips on its own and returns nothing"
-        norm = float(clipped)
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad()
-            raise NonFiniteError(
-                f"the gradient norm of update {self.policy_version + 1} is {norm}: the step is dropped, weights are unchanged"
-            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.policy_version += 1
-        return {"grad_norm": norm, "learning_rate": learning_rate}
+        self.nonfinite_in_a_row = 0
+        return {"grad_norm": norm, "learning_rate": learning_rate, "nonfinite_updates": 0.0}
+
+    def take_faults(self) -> list[str]:
+        """Returns what was not finite in the updates dropped since the last call, one sentence an update, and forgets it."""
+        faults, self._faults = self._faults, []
+        return faults
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Returns trained weights (`model`) and the optimizer's state (`optimizer`), whole; a collective, empty but on the first rank.
+
+        Frozen weights are not in it: they come from where the model was loaded.
+        """
+        groups = {
+            "model": ((name, p.detach()) for name, p in self._trained()),
+            "optimizer": optimizer_tensors(self.optimizer, self._trained()).items(),
+        }
+        return {stem: self._whole_on_first(named) for stem, named in groups.items()}
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Returns all weights as the hub lays them out, for an export, on the first rank's CPU (elsewhere nothing); a collective.
+
+        None where nothing is sharded: the model writes itself.
+        """
+        return self._whole_on_first(hub_weights(self.model)) if is_sharded(self.config.layout) else None
+
+    def load_state_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]], *, policy_version: int) -> None:
+        """Puts weights and optimizer where `state_tensors` found them, in this run's layout, whatever layout saved them."""
+        trained = self._trained()
+        saved = tensors["model"]
+        if set(saved) != {name for name, _ in trained}:
+            odd = sorted(set(saved) ^ {name for name, _ in trained})
+            raise VlpostError(
+                f"the checkpoint and the model train different weights, e.g. {odd[0]} ({len(odd)} such): resume with the recipe it is of"
+            )
+        for name, parameter in trained:
+            parameter.data.copy_(shard_like(saved[name], parameter))
+        load_optimizer_tensors(self.optimizer, trained, tensors["optimizer"])
+        self.policy_version = policy_version
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def _whole_on_first(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = {}
+        for name, tensor in named:
+            value = full_tensor(tensor)
+            if self.ranks.is_first:
+                whole[name] = value if self.ranks.size == 1 else value.cpu()
+        return whole
+
+    def _outputs_of(
+        self, batch: Batch[Any], distribution: Distribution, reference: ReferenceStates | None = None
+    ) -> Callable[[PreTrainedModel], TokenLogprobs]:
+        on_device = batch.to(self.accelerator.device)
+        return lambda model: batch_logprobs(
+            model, on_device, distribution, vision=self._vision(model.model, batch, on_device), reference=reference
+        )
+
+    def _recorded_routing(self) -> AbstractContextManager[list[Routing]]:
+        return record_routing(self.model) if self._routed is not None else nullcontext([])
+
+    def _count_routed(self, batches: Sequence[Batch[Any]], distribution: Distribution) -> Tensor:
+        """Returns how often each expert is chosen in the whole step, [layers, experts]: the part of the balance loss without gradient."""
+        experts = self._text_config.num_experts
+        with record_routing(self.model) as recorded:
+            for batch in batches:
+                self.logprobs(batch, distribution)
+        copies = [batch.token_copies.to(routing.expert_ids.device) for batch, routing in zip(batches, recorded, strict=True)]
+        counts = [count_routed(routing.expert_ids, part, num_experts=experts) for part, routing in zip(copies, recorded, strict=True)]
+        return torch.stack(self.ranks.gather(torch.stack(counts).sum(dim=0).cpu())).sum(dim=0)
+
+    def _balance_loss(self, batch: Batch[Any], routing: Sequence[Routing]) -> Tensor:
+        assert self._routed is not None, "routing is recorded for the balance loss only"
+        (recorded,) = routing
+        copies = batch.token_copies.to(recorded.logits.device)
+        per_token = self._text_config.num_experts_per_tok
+        share = router_balance_loss(recorded.logits, copies, routed=self._routed, experts_per_token=per_token)
+        self._router_loss += share.item()
+        return self.config.router_loss_coef * share
+
+    def _vision(self, body: Any, batch: Batch[Any], on_device: Batch[Any]) -> VisionPass:  # noqa: ANN401
+        """Returns the batch's vision pass; a frozen tower says the same in every forward of a step, so it is kept until the update.
+
+        Without images the tower must run where its weights are sharded (ranks gather together) or trained (gradients are exchanged, and
+        an update must not depend on whether the images stood in this micro-batch or in another).
+        """
+        if self._trains_vision:
+            return vision_pass(body, on_device.vision, must_run=True)
+        if id(batch) not in self._frozen_passes:
+            done = vision_pass(body, on_device.vision, must_run=is_sharded(self.config.layout))
+            self._frozen_passes[id(batch)] = (batch, done)
+        return self._frozen_passes[id(batch)][1]
+
+    def _watch(self, batch: Batch[Any], outputs: TokenLogprobs, per_token: Tensor) -> None:
+        """Notes which targets have a loss, a log-prob or, later, a gradient of the log-prob that is not finite."""
+        broken = ~(per_token.detach().isfinite() & outputs.logprobs.detach().isfinite())
+        self._watched.append((batch, broken))
+        if outputs.logprobs.requires_grad:
+
+            def note(grad: Tensor) -> None:
+                broken.logical_or_(~grad.isfinite())
+
+            outputs.logprobs.register_hook(note)
+
+    def _find_fault(self, norm: float) -> str | None:
+        """Returns a sentence on what is not finite on any rank, the same on all of them; None when everything is finite."""
+        places: list[str] = []
+        for batch, broken in self._watched:
+            indices = batch.sequence_ids[broken.cpu()].unique().tolist()
+            places += [batch.sequences[index].place for index in indices]
+        gathered = self.ranks.gather((norm, places))
+        bad_norms = [norm for norm, _ in gathered if not math.isfinite(norm)]
+        if not bad_norms and not any(found for _, found in gathered):
+            return None
+        named = [place for _, found in gathered for place in found]
+        if named:
+            what = f"the loss or its gradient is not finite in {_listed(named)}"
+        else:
+            step = self.ranks.gather([sequence.place for batch, _ in self._watched for sequence in batch.sequences])
+            what = f"the gradient norm is {bad_norms[0]} though every loss is finite, on {_listed([p for part in step for p in part])}"
+        return f"update {self.policy_version + 1} is dropped, weights are unchanged: {what}"
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Returns the first eight distinct places, and how many more there are."""
+    distinct = list(dict.fromkeys(places))
+    return ", ".join(distinct[:8]) + (f" and {len(distinct) - 8} more" if len(distinct) > 8 else "")
 
 
 def scheduled_learning_rate(config: LearnerConfig, step: int, num_steps: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TOKEN_BLOCK = 2048
 VOCABULARY_BLOCK = 32768
@@ -27,12 +28,12 @@ class _TokenLogprobs(torch.autograd.Function):
         log_z = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_z)
         chosen = torch.empty_like(log_z)
-        for rows in _blocks(len(hidden), TOKEN_BLOCK):
+        for rows in blocks_of(len(hidden), TOKEN_BLOCK):
             maximum = torch.full_like(log_z[rows], -torch.inf)
             normaliser = torch.zeros_like(maximum)  # sum of exp(logit - maximum)
             weighted = torch.zeros_like(maximum)  # sum of exp(logit - maximum) * (logit - maximum)
-            for columns in _blocks(len(head), VOCABULARY_BLOCK):
-                logits = _logits(hidden[rows], head[columns], allowed, columns, temperature)
+            for columns in blocks_of(len(head), VOCABULARY_BLOCK):
+                logits = tile_logits(hidden[rows], head[columns], allowed, columns, temperature)
                 new_maximum = torch.maximum(maximum, logits.amax(dim=-1))
                 # A block may hold no allowed id: while the maximum is still -inf, nothing has been summed.
                 finite = torch.where(new_maximum.isinf(), 0.0, new_maximum)
@@ -54,19 +55,20 @@ class _TokenLogprobs(torch.autograd.Function):
         return chosen - log_z, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # noqa: ANN401
         hidden, head, token_ids, log_z = ctx.saved_tensors
         grad = grad_outputs[0] / ctx.temperature
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
-        for rows in _blocks(len(hidden), TOKEN_BLOCK):
-            for columns in _blocks(len(head), VOCABULARY_BLOCK):
-                logits = _logits(hidden[rows], head[columns], ctx.allowed, columns, ctx.temperature)
+        for rows in blocks_of(len(hidden), TOKEN_BLOCK):
+            for columns in blocks_of(len(head), VOCABULARY_BLOCK):
+                logits = tile_logits(hidden[rows], head[columns], ctx.allowed, columns, ctx.temperature)
                 grad_logits = torch.exp(logits - log_z[rows, None]) * -grad[rows, None]
                 here = ((token_ids[rows] >= columns.start) & (token_ids[rows] < columns.stop)).nonzero()[:, 0]
                 grad_logits[here, token_ids[rows][here] - columns.start] += grad[rows][here]
-                grad_hidden[rows] += grad_logits @ head[columns].float()
-                grad_head[columns] += grad_logits.T @ hidden[rows].float()
+                grad_hidden[rows] += product(grad_logits.to(hidden.dtype), head[columns].to(hidden.dtype))
+                grad_head[columns] += product(grad_logits.to(hidden.dtype).T, hidden[rows])
         return grad_hidden.to(hidden.dtype), grad_head.to(head.dtype), None, None, None
 
 
@@ -77,12 +79,30 @@ def token_logprobs(hidden: Tensor, head: Tensor, *, token_ids: Tensor, allowed: 
     disallowed ids set to -inf, log-prob = l[id] - logsumexp(l) and entropy = logsumexp(l) - sum(p l). `allowed` is [V] bool or None
     for the whole vocabulary. An id that is not allowed has log-prob -inf. The entropy carries no gradient.
     """
-    logprobs, entropy = _TokenLogprobs.apply(hidden, head, token_ids, allowed, temperature)  # pyright: ignore[reportGeneralTypeIssues]
+    hidden = in_autocast_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):  # backward runs outside of autocast and must compute the same products
+        logprobs, entropy = _TokenLogprobs.apply(hidden, head, token_ids, allowed, temperature)  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, entropy
 
 
-def _logits(hidden: Tensor, head: Tensor, allowed: Tensor | None, columns: slice, temperature: float) -> Tensor:
-    logits = (hidden @ head.T).float()
+def in_autocast_dtype(hidden: Tensor) -> Tensor:
+    """Returns hidden states in the dtype that products are taken in here."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Returns left @ right in fp32 (at least), also of bf16 factors: a logit rounded to bf16 would be off by up to 0.06 at 16."""
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def tile_logits(hidden: Tensor, head: Tensor, allowed: Tensor | None, columns: slice, temperature: float) -> Tensor:
+    """Returns the logits [n, v] of one tile; `head` holds the rows `columns` of the output matrix, disallowed ids get -inf."""
+    logits = product(hidden, head.to(hidden.dtype).T)
     if temperature != 1.0:
         logits = logits / temperature
     if allowed is not None:
@@ -90,5 +110,6 @@ def _logits(hidden: Tensor, head: Tensor, allowed: Tensor | None, columns: slice
     return logits
 
 
-def _blocks(length: int, size: int) -> list[slice]:
+def blocks_of(length: int, size: int) -> list[slice]:
+    """Returns slices of at most `size` that cover range(length)."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

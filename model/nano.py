@@ -1,10 +1,12 @@
-"""Builds a nano Qwen3-VL: the real architecture, tokenizer and processor of the family, one or four million random weights.
+"""Builds a nano Qwen3-VL: the real architecture, tokenizer and processor of the family, one or a few million random weights.
 
 What is real: DeepStack from three vision layers into the first three text layers, interleaved 3-D rotary positions, grouped-query
-attention, tied embeddings (as in the 2B and 4B), patches of 16 pixels merged 2 by 2, two frames a video patch, timestamps in the text,
-byte-level BPE with Qwen's special tokens and single digits. What is smaller: widths, depths, the vocabulary and the 4,096 positions.
+attention, tied embeddings (as in the 2B and 4B) or a head of its own (as from 8B on), patches of 16 pixels merged 2 by 2, two frames a
+video patch, timestamps in the text, byte-level BPE with Qwen's special tokens and single digits; as a mixture of experts (30B-A3B,
+235B-A22B), the softmax router with renormalised weights in every layer. What is smaller: widths, depths, the vocabulary, the 4,096
+positions, the number of experts.
 
-transformers and vLLM load the folder like any other checkpoint.
+transformers and vLLM load the folder like any other checkpoint; experts lie in it as they do on the hub.
 """
 
 from __future__ import annotations
@@ -13,17 +15,28 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AddedToken, GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import (
+    AddedToken,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from .chat_template import chat_template
+from .experts import save_model
 
-NanoSize = Literal["s", "m"]
+NanoSize = Literal["s", "m", "moe-s"]
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",
@@ -41,6 +54,7 @@ MARKUP_TOKENS: tuple[str, ...] = ("<tool_call>", "</tool_call>", "<tool_response
 MIN_VOCAB_SIZE = 384
 MAX_VOCAB_SIZE = 1024
 MAX_POSITIONS = 4096
+EXPERTS_PER_TOKEN = 2
 
 _PATCH_SIZE = 16
 _MERGE_SIZE = 2
@@ -60,11 +74,27 @@ class _Shape:
     vision_hidden: int
     vision_layers: int
     vision_heads: int
+    num_experts: int = 0
+    """0 is dense."""
+    expert_hidden: int = 0
+    """Inner width of one expert. Neither `hidden` nor half of it: a weight and its transpose would have the same shape. A multiple of
+    32: vLLM's CPU kernel pads others."""
 
 
 _SHAPES: dict[NanoSize, _Shape] = {
     "s": _Shape(hidden=128, layers=4, heads=4, key_value_heads=2, vision_hidden=64, vision_layers=4, vision_heads=4),
     "m": _Shape(hidden=256, layers=4, heads=8, key_value_heads=4, vision_hidden=96, vision_layers=4, vision_heads=6),
+    "moe-s": _Shape(
+        hidden=128,
+        layers=4,
+        heads=4,
+        key_value_heads=2,
+        vision_hidden=64,
+        vision_layers=4,
+        vision_heads=4,
+        num_experts=8,
+        expert_hidden=96,
+    ),
 }
 
 
@@ -74,6 +104,7 @@ def build_nano(
     size: NanoSize,
     corpus: Iterable[str],
     seed: int,
+    tied: bool | None = None,
     vocab_size: int = 512,
     thinking: bool = False,
     max_image_tokens: int = 64,
@@ -81,11 +112,15 @@ def build_nano(
 ) -> Path:
     """Builds a random Qwen3-VL with its processor, saves it as a Hugging Face folder in float32 and returns the folder.
 
-    Size `s` has about 1.3 million parameters, `m` about 4 million. The tokenizer is trained on `corpus`; `vocab_size` is the most ids it
-    may have, special tokens included (a small corpus gives fewer), and the model's embedding is rounded up to a multiple of 64: the ids
-    above are no token, and whoever samples should ban them. `thinking` picks the chat template. `max_image_tokens` and
-    `max_video_tokens` bound one image and one whole video: a token covers 32 x 32 pixels (of two frames, in a video), and larger media are
-    scaled down. `seed` decides the weights; torch's global generators stay as they were.
+    Size `s` has about 1.3 million parameters, `m` about 4 million; `moe-s` is `s` with eight experts in every layer, of which a token uses
+    two, about 2 million. `tied` says whether the head is the embedding; None follows the published models: tied when dense and small, a
+    head of its own for a mixture of experts.
+
+    The tokenizer is trained on `corpus`; `vocab_size` is the most ids it may have, special tokens included (a small corpus gives fewer),
+    and the model's embedding is rounded up to a multiple of 64: the ids above are no token, and whoever samples should ban them.
+    `thinking` picks the chat template. `max_image_tokens` and `max_video_tokens` bound one image and one whole video: a token covers
+    32 x 32 pixels (of two frames, in a video), and larger media are scaled down. `seed` decides the weights; torch's global generators
+    stay as they were.
 
     Raises `ValueError` for values out of range and `FileExistsError` if the folder already holds a model.
     """
@@ -99,8 +134,8 @@ def build_nano(
     processor = _build_processor(
         tokenizer, template=chat_template(thinking), max_image_tokens=max_image_tokens, max_video_tokens=max_video_tokens
     )
-    model = _build_model(_SHAPES[size], tokenizer=tokenizer, seed=seed)
-    model.save_pretrained(folder)
+    model = _build_model(_build_config(_SHAPES[size], tokenizer=tokenizer, tied=tied), tokenizer=tokenizer, seed=seed)
+    save_model(model, folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -169,24 +204,27 @@ def _build_processor(tokenizer: Qwen2Tokenizer, *, template: str, max_image_toke
     return Qwen3VLProcessor(image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, chat_template=template)
 
 
-def _build_model(shape: _Shape, *, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen3VLForConditionalGeneration:
+def _build_model(config: Qwen3VLConfig | Qwen3VLMoeConfig, *, tokenizer: Qwen2Tokenizer, seed: int) -> PreTrainedModel:
     """Returns the model with weights drawn from `seed`, whatever torch's default device, dtype and generator are."""
     token_ids = tokenizer.get_vocab()
-    config = _build_config(shape, tokenizer=tokenizer)
+    is_dense = isinstance(config, Qwen3VLConfig)
     # The generator itself is seeded, not `torch.manual_seed`, which would also reseed the GPUs.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+        model = (Qwen3VLForConditionalGeneration if is_dense else Qwen3VLMoeForConditionalGeneration)._from_config(
+            config, dtype=torch.float32
+        )
     model.generation_config = GenerationConfig(
         eos_token_id=[token_ids["<|im_end|>"], token_ids["<|endoftext|>"]], pad_token_id=token_ids["<|endoftext|>"], do_sample=True
     )
     return model
 
 
-def _build_config(shape: _Shape, *, tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
+def _build_config(shape: _Shape, *, tokenizer: Qwen2Tokenizer, tied: bool | None) -> Qwen3VLConfig | Qwen3VLMoeConfig:
     """Returns the configuration of a size for a tokenizer."""
     token_ids = tokenizer.get_vocab()
-    text_config = {
+    tied = shape.num_experts == 0 if tied is None else tied
+    text_config: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "hidden_size": shape.hidden,
         "intermediate_size": 2 * shape.hidden,
@@ -196,10 +234,18 @@ def _build_config(shape: _Shape, *, tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         "head_dim": _HEAD_DIM,
         "max_position_embeddings": MAX_POSITIONS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "eos_token_id": token_ids["<|im_end|>"],
         "pad_token_id": token_ids["<|endoftext|>"],
     }
+    if shape.num_experts:
+        text_config |= {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": EXPERTS_PER_TOKEN,
+            "moe_intermediate_size": shape.expert_hidden,
+            # Unknown to transformers 5.19, which always renormalises; vLLM does not start without it.
+            "norm_topk_prob": True,
+        }
     vision_config = {
         "depth": shape.vision_layers,
         "hidden_size": shape.vision_hidden,
@@ -212,13 +258,13 @@ def _build_config(shape: _Shape, *, tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
         "num_position_embeddings": 256,
         "deepstack_visual_indexes": [0, 1, 2],
     }
-    return Qwen3VLConfig(
+    return (Qwen3VLMoeConfig if shape.num_experts else Qwen3VLConfig)(
         text_config=text_config,
         vision_config=vision_config,
         image_token_id=token_ids["<|image_pad|>"],
         video_token_id=token_ids["<|video_pad|>"],
         vision_start_token_id=token_ids["<|vision_start|>"],
         vision_end_token_id=token_ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         dtype="float32",
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .attention import AttentionPlan, Segment, plan_attention
+from .attention_plan import AttentionPlan, Segment, plan_attention
 from .chat import ProcessedMedia
 from .records import DataError, ImagePart, MediaPart, TrainSequence
 
@@ -45,16 +45,18 @@ class Weighted(Generic[Targets]):
     token_weight: float
 
 
-def weigh(families: Sequence[Sequence[TrainSequence[Targets]]], weighting: TokenWeighting) -> list[list[Weighted[Targets]]]:
-    """Returns the sequences of one optimizer step with token weights that sum to one over all trained tokens.
+def weigh(
+    families: Sequence[Sequence[TrainSequence[Targets]]], weighting: TokenWeighting, *, over_ranks: Callable[[float], float] = float
+) -> list[list[Weighted[Targets]]]:
+    """Returns the sequences of one optimizer step with token weights that sum to one over all trained tokens of all ranks.
 
     With x trained tokens in a sequence, a token's weight is proportional to 1 (`token`), 1 / sqrt(x) (`sqrt`; InternVL2.5's square
-    averaging, arXiv:2412.05271) or 1 / x (`sequence`: mean over tokens, then over sequences).
+    averaging, arXiv:2412.05271) or 1 / x (`sequence`: mean over tokens, then over sequences). `over_ranks` adds up a number over ranks.
     """
-    if not any(sequence.num_trained_tokens for family in families for sequence in family):
-        raise ValueError("no sequence of the step has a trained token: its loss has no value; drop such rows")
     exponent = {"token": 0.0, "sqrt": 0.5, "sequence": 1.0}[weighting]
-    total = sum(s.num_trained_tokens ** (1.0 - exponent) for family in families for s in family if s.num_trained_tokens)
+    total = over_ranks(sum(s.num_trained_tokens ** (1.0 - exponent) for family in families for s in family if s.num_trained_tokens))
+    if not total:
+        raise ValueError("no sequence of the step has a trained token: its loss has no value; drop such rows")
     return [[Weighted(sequence=s, token_weight=max(s.num_trained_tokens, 1) ** -exponent / total) for s in family] for family in families]
 
 
@@ -76,11 +78,13 @@ class Batch(Generic[Targets]):
     """A packed micro-batch: T unique tokens, N trained targets.
 
     Example: prompt (7, 8) with responses (3, 2) and (3, 4), all trained: token_ids = (7, 8, 3, 2, 4); segments = prompt+3 [0, 3), 2
-    [3, 4) and 4 [4, 5); target_ids = (3, 2, 3, 4); hidden_index = (1, 2, 1, 2).
+    [3, 4) and 4 [4, 5); token_copies = (2, 2, 2, 1, 1); target_ids = (3, 2, 3, 4); hidden_index = (1, 2, 1, 2).
     """
 
     token_ids: Tensor
     """[T] int64"""
+    token_copies: Tensor
+    """[T] int64, how many sequences hold the token"""
     positions: Tensor
     """[3, T] int64, t / h / w"""
     plan: AttentionPlan
@@ -117,6 +121,7 @@ class Batch(Generic[Targets]):
         )
         return Batch(
             token_ids=self.token_ids.to(device),
+            token_copies=self.token_copies.to(device),
             positions=self.positions.to(device),
             plan=self.plan.to(device),
             segments=self.segments,
@@ -261,6 +266,7 @@ class _Assembly(Generic[Targets]):
     def __init__(self, media: MediaSource) -> None:
         self.media = media
         self.token_ids: list[int] = []
+        self.token_copies: list[int] = []
         self.positions: list[Tensor] = []
         self.segments: list[Segment] = []
         self.entries: dict[str, int] = {}
@@ -279,6 +285,7 @@ class _Assembly(Generic[Targets]):
                 positions[node.owner] = self.media.positions(sequence.token_ids, sequence.media)
             start = len(self.token_ids)
             self.token_ids += sequence.token_ids[node.start : node.end]
+            self.token_copies += [len(node.members)] * (node.end - node.start)
             self.positions.append(positions[node.owner][:, node.start : node.end])
             self.segments.append(Segment(start=start, end=len(self.token_ids), parent=base + node.parent if node.parent >= 0 else -1))
             for member in node.members:
@@ -326,6 +333,7 @@ def _assemble(trees: Sequence[_Tree[Targets]], media: MediaSource) -> Batch[Targ
     segments = tuple(assembly.segments)
     return Batch(
         token_ids=torch.tensor(assembly.token_ids),
+        token_copies=torch.tensor(assembly.token_copies),
         positions=torch.cat(assembly.positions, dim=1),
         plan=plan_attention(segments),
         segments=segments,
@@ -336,6 +344,26 @@ def _assemble(trees: Sequence[_Tree[Targets]], media: MediaSource) -> Batch[Targ
         sequence_ids=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
         sequences=tuple(sequences),
         num_recomputed_tokens=sum(tree.recomputed for tree in trees),
+    )
+
+
+def empty_batch() -> Batch[Any]:
+    """Returns a batch of one token and no target: what a rank computes while others still have batches. Its gradient is zero."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    segments = (Segment(start=0, end=1, parent=-1),)
+    return Batch(
+        token_ids=torch.zeros(1, dtype=torch.int64),
+        token_copies=torch.zeros(1, dtype=torch.int64),
+        positions=torch.zeros(3, 1, dtype=torch.int64),
+        plan=plan_attention(segments),
+        segments=segments,
+        vision=None,
+        target_ids=nothing,
+        hidden_index=nothing,
+        token_weights=torch.empty(0),
+        sequence_ids=nothing,
+        sequences=(),
+        num_recomputed_tokens=0,
     )
 
 

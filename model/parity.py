@@ -6,6 +6,7 @@ The first difference stops the run and is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from .attention import PACKED_ATTENTION
 from .chat import Chat, EncodedPrompt
-from .config import ParityConfig
+from .config import MeanParityConfig, ParityConfig
+from .experts import has_experts
+from .layout import Ranks
 from .learner import Distribution, Learner
 from .packing import Batch, Weighted, pack, split_by_sequence
 from .records import ImagePart, MediaPart, Rollout, TrainSequence, VideoPart, VlpostError
@@ -54,11 +57,12 @@ def check_parity(
     config: ParityConfig,
     seed: int,
 ) -> ParityReport:
-    """Draws two responses to each (name, prompt) and compares; returns the gaps or raises `ParityError`.
+    """Draws two responses to each (name, prompt) and compares; returns the gaps or raises `ParityError`, on every rank when on one.
 
-    Exact: prompt ids after expansion, 3-D positions against transformers' `get_rope_index`, image and video counts. Within
-    `config.max_abs_gap` nats: log-probs of every sampled token.
+    Exact: prompt ids after expansion, 3-D positions against transformers' `get_rope_index`, image and video counts. Log-probs of the
+    sampled tokens: in float32 each within `config.max_abs_gap` nats, in bfloat16 all of them together within `config.bfloat16`.
     """
+    ranks = learner.ranks
     if sampler.policy_version != learner.policy_version:
         raise ParityError(
             f"the engine holds weights of update {sampler.policy_version}, the learner of {learner.policy_version}: publish before sampling"
@@ -70,24 +74,34 @@ def check_parity(
         for place, prompt in prompts
     ]
     groups = sampler.sample(requests)
-    families: list[list[Weighted[Rollout]]] = []
-    for (place, prompt), rollouts in zip(prompts, groups, strict=True):
-        for rollout in rollouts:
-            _check_media(place, prompt, rollout, chat)
-        families.append([_weighted(place, rollout) for rollout in rollouts])
-    _check_positions([family[0].sequence for family in families], learner, chat)
+    families = [[_weighted(place, rollout) for rollout in rollouts] for (place, _), rollouts in zip(prompts, groups, strict=True)]
+    wrong = _wrong_media(prompts, groups, chat) or _wrong_positions([family[0].sequence for family in families], learner, chat)
+    _raise_together(ranks, wrong)
     comparisons = [
         comparison
-        for batch in pack(families, media=chat, token_budget=learner.config.token_budget)
+        for batch in learner.fill(pack(families, media=chat, token_budget=learner.config.token_budget))
         for comparison in _compare_batch(batch, learner, chat, distribution)
     ]
-    _raise_first(comparisons, config)
+    by_whose = [[c for c in comparisons if c.whose == whose] for whose in ("transformers", "the engine")]
+    if learner.dtype == torch.float32:
+        wrong = _wrong_token(comparisons, config)
+    else:
+        limits = config.bfloat16_experts if has_experts(learner.model) else config.bfloat16
+        wrong = next(filter(None, (_wrong_mean(some, limits) for some in by_whose)), None)
+    _raise_together(ranks, wrong)
     return ParityReport(
         num_sequences=sum(map(len, families)),
-        num_tokens=sum(len(c.ours) for c in comparisons if c.whose == "the engine"),
-        engine_gap=max(c.gap for c in comparisons if c.whose == "the engine"),
-        packing_gap=max(c.gap for c in comparisons if c.whose == "transformers"),
+        num_tokens=sum(len(c.ours) for c in by_whose[1]),
+        engine_gap=max(c.gap for c in by_whose[1]),
+        packing_gap=max(c.gap for c in by_whose[0]),
     )
+
+
+def _raise_together(ranks: Ranks, wrong: str | None) -> None:
+    """Raises what is wrong on the first rank where something is, on all of them: none goes on to wait for the others."""
+    found = [message for message in ranks.gather(wrong) if message is not None]
+    if found:
+        raise ParityError(found[0])
 
 
 def _weighted(place: str, rollout: Rollout) -> Weighted[Rollout]:
@@ -95,17 +109,21 @@ def _weighted(place: str, rollout: Rollout) -> Weighted[Rollout]:
     return Weighted(sequence=sequence, token_weight=0.0)
 
 
-def _check_media(place: str, prompt: EncodedPrompt, rollout: Rollout, chat: Chat) -> None:
-    if rollout.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
-        raise ParityError(f"{place}: the engine answered another prompt than the learner trains on")
-    if rollout.media != prompt.media:
-        raise ParityError(f"{place}: {len(rollout.media)} images and videos in the rollout, {len(prompt.media)} in the prompt")
-    stray = [token for token, sampled in zip(rollout.token_ids, rollout.sampled, strict=True) if sampled and token in chat.vision_token_ids]
-    if stray:
-        raise ParityError(f"{place}: the engine sampled vision token {stray[0]}: the allowed ids did not reach it")
+def _wrong_media(prompts: Sequence[tuple[str, EncodedPrompt]], groups: Sequence[tuple[Rollout, ...]], chat: Chat) -> str | None:
+    for (place, prompt), rollouts in zip(prompts, groups, strict=True):
+        for rollout in rollouts:
+            if rollout.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
+                return f"{place}: the engine answered another prompt than the learner trains on"
+            if rollout.media != prompt.media:
+                return f"{place}: {len(rollout.media)} images and videos in the rollout, {len(prompt.media)} in the prompt"
+            drawn = [token for token, sampled in zip(rollout.token_ids, rollout.sampled, strict=True) if sampled]
+            stray = [token for token in drawn if token in chat.vision_token_ids]
+            if stray:
+                return f"{place}: the engine sampled vision token {stray[0]}: the allowed ids did not reach it"
+    return None
 
 
-def _check_positions(sequences: Sequence[TrainSequence[Rollout]], learner: Learner, chat: Chat) -> None:
+def _wrong_positions(sequences: Sequence[TrainSequence[Rollout]], learner: Learner, chat: Chat) -> str | None:
     body: Any = learner.model.model
     for sequence in sequences:
         inputs = _transformers_inputs(sequence, chat, learner)
@@ -118,10 +136,11 @@ def _check_positions(sequences: Sequence[TrainSequence[Rollout]], learner: Learn
         ours = chat.positions(sequence.token_ids, sequence.media).to(expected.device)
         if not torch.equal(expected[:, 0], ours):
             index = int((expected[:, 0] != ours).any(dim=0).nonzero()[0])
-            raise ParityError(
+            return (
                 f"{sequence.place}: token {index} has position {ours[:, index].tolist()} in the learner and "
                 f"{expected[:, 0, index].tolist()} in transformers (rows t, h, w)"
             )
+    return None
 
 
 def _transformers_inputs(sequence: TrainSequence[Any], chat: Chat, learner: Learner) -> dict[str, Tensor]:
@@ -140,14 +159,14 @@ def _transformers_inputs(sequence: TrainSequence[Any], chat: Chat, learner: Lear
 
 def one_by_one_logprobs(sequence: TrainSequence[Any], learner: Learner, chat: Chat, distribution: Distribution) -> Tensor:
     """Returns the log-probs [trained tokens] by transformers' own forward of this row alone: the second implementation."""
-    model: Any = learner.model
+    inputs = _transformers_inputs(sequence, chat, learner)
     trained = torch.tensor(sequence.trained)
-    model.set_attn_implementation({"text_config": "sdpa"})
+    learner.model.set_attn_implementation({"text_config": "sdpa"})
     try:
         with torch.no_grad():
-            logits = model(**_transformers_inputs(sequence, chat, learner), use_cache=False).logits[0].float().cpu()
+            logits = learner.run(lambda model: model(**inputs, use_cache=False).logits)[0].float().cpu()
     finally:
-        model.set_attn_implementation({"text_config": PACKED_ATTENTION})
+        learner.model.set_attn_implementation({"text_config": PACKED_ATTENTION})
     logits = logits[:-1][trained[1:]] / distribution.temperature
     if distribution.allowed is not None:
         logits = logits.masked_fill(~distribution.allowed.cpu(), -torch.inf)
@@ -185,18 +204,36 @@ def _compare_batch(batch: Batch[Rollout], learner: Learner, chat: Chat, distribu
     return comparisons
 
 
-def _raise_first(comparisons: Sequence[_Comparison], config: ParityConfig) -> None:
-    """Raises for the first token beyond the limit, text-only rows first: what is wrong there is wrong everywhere."""
+def _wrong_token(comparisons: Sequence[_Comparison], config: ParityConfig) -> str | None:
+    """Returns words for the first token beyond the limit, text-only rows first: what is wrong there is wrong everywhere."""
     beyond = [comparison for comparison in comparisons if not comparison.gap <= config.max_abs_gap]
     if not beyond:
-        return
+        return None
     worst = min(beyond, key=lambda comparison: (bool(comparison.sequence.media), comparison.whose != "transformers"))
     ours, theirs, sequence = worst.ours, worst.theirs, worst.sequence
     index = int((~((ours - theirs).abs() <= config.max_abs_gap)).nonzero()[0])
     token_id = sequence.token_ids[index - len(ours)]
-    raise ParityError(
+    return (
         f"{sequence.place}: response token {index} (id {token_id}) has log-prob {ours[index]:.6f} in the learner and "
         f"{theirs[index]:.6f} in {worst.whose}; the limit is {config.max_abs_gap:g}; {_hint(worst, config)}"
+    )
+
+
+def _wrong_mean(comparisons: Sequence[_Comparison], limits: MeanParityConfig) -> str | None:
+    """Returns words if the log-probs differ more, over all tokens, than the rounding of bfloat16 explains."""
+    difference = torch.cat([c.ours - c.theirs for c in comparisons]).nan_to_num(nan=torch.inf)
+    measured = {
+        "mean_gap": (difference.abs().mean().item(), limits.max_mean_gap),
+        "kl": ((torch.expm1(difference) - difference).mean().nan_to_num(nan=torch.inf).item(), limits.max_kl),
+        "beyond_2_frac": ((difference.abs() > math.log(2.0)).float().mean().item(), limits.max_beyond_2_frac),
+    }
+    if all(value <= limit for value, limit in measured.values()):
+        return None
+    worst = max(comparisons, key=lambda comparison: comparison.gap)
+    said = ", ".join(f"{name} {value:.2g} (limit {limit:g})" for name, (value, limit) in measured.items())
+    return (
+        f"{len(difference)} tokens of the learner and of {comparisons[0].whose} differ by more than rounding: {said}; "
+        f"most in {worst.sequence.place}, by {worst.gap:.2g} nats"
     )
 
 

@@ -8,9 +8,11 @@ Every record is frozen and keyword-only. Records that own pixels compare by cont
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import math
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,13 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 FinishReason = Literal["stop", "length"]
 """`stop`: the policy wrote an end token; `length`: the token budget cut it off."""
+
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats that are decoded: rows may come from anywhere, and some of Pillow's other decoders start programs (EPS: Ghostscript)."""
+MAX_IMAGE_PIXELS = 64 * 2**20
+"""Larger images are refused before they are decoded; 8192 x 8192 are 192 MiB of RGB."""
+MAX_IMAGE_BYTES = 256 * 2**20
 
 
 class VlpostError(Exception):
@@ -67,17 +76,24 @@ class ImagePart:
     def from_bytes(cls, content: bytes, place: str) -> ImagePart:
         """Returns the part for an encoded image; `place` is where it came from, for the message of a `DataError`."""
         try:
-            with PILImage.open(io.BytesIO(content)) as opened:
+            with PILImage.open(io.BytesIO(content), formats=IMAGE_FORMATS) as opened:
+                if opened.width * opened.height > MAX_IMAGE_PIXELS:
+                    raise ValueError(f"{opened.width} x {opened.height} pixels, at most {MAX_IMAGE_PIXELS} in all are decoded")
                 return cls.from_image(opened)
         except UnidentifiedImageError as error:
             raise DataError(f"{place}: the image cannot be decoded (its format is unknown); give a whole PNG, JPEG or WebP file") from error
-        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
             raise DataError(f"{place}: the image cannot be decoded ({error}); give a whole PNG, JPEG or WebP file") from error
 
     @classmethod
     def from_file(cls, path: Path) -> ImagePart:
         """Returns the part for an image file; a missing or corrupt file is a `DataError` that names it."""
         try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                raise OSError(errno.EINVAL, "neither a file nor a folder: reading it might never end")
+            if status.st_size > MAX_IMAGE_BYTES:
+                raise OSError(errno.EFBIG, f"{status.st_size} bytes, at most {MAX_IMAGE_BYTES} are read")
             content = path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             reason = error.strerror if isinstance(error, OSError) else error

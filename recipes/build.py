@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.chat import Chat, allowed_token_mask
-from ..model.config import DType, NanoConfig, SamplerConfig
+from ..model.config import DType, LoraConfig, NanoConfig, SamplerConfig
+from ..model.layout import Ranks, machine_dtype
 from ..model.learner import Distribution
 from ..model.loading import load_model, load_processor
+from ..model.lora import engine_adapter
 from ..model.nano import build_nano
 from ..model.records import DataError
 from ..model.sampler import VllmSampler
@@ -49,8 +52,9 @@ class LoadedModel:
 class Workshop:
     """What the stages of one run share: built models and one engine, kept while the next stage can use it."""
 
-    def __init__(self, folder: Path, *, exports: Mapping[str, Path]) -> None:
+    def __init__(self, folder: Path, *, exports: Mapping[str, Path], ranks: Ranks) -> None:
         self.folder = folder
+        self.ranks = ranks
         self.exports = exports
         self._engine: VllmSampler | None = None
         self._engine_key: tuple[object, ...] = ()
@@ -66,8 +70,12 @@ class Workshop:
         """Returns the model that a recipe names; a nano is built on first use."""
         source = self._source(config, seed)
         chat = Chat(load_processor(source))
-        model = load_model(source, dtype=getattr(torch, dtype))
+        model = load_model(source, dtype=machine_dtype(dtype))
         return LoadedModel(folder=str(source), model=model, chat=chat, allowed=allowed_token_mask(chat, vocabulary_size(model)))
+
+    def load_again(self, loaded: LoadedModel, *, dtype: DType) -> PreTrainedModel:
+        """Returns the same weights a second time: the reference that a policy is held to."""
+        return load_model(loaded.folder, dtype=machine_dtype(dtype))
 
     def _source(self, config: ModelConfig, seed: int) -> Path | str:
         if config.stage is not None:
@@ -81,23 +89,34 @@ class Workshop:
     def _nano(self, config: NanoConfig, seed: int) -> Path:
         from .handwriting import tokenizer_corpus
 
-        folder = self.folder / "nano"
-        if not (folder / "config.json").exists():
+        folder, partial = self.folder / "nano", self.folder / ".partial-nano"
+        if self.ranks.is_first and not folder.exists():
+            if partial.exists():  # a kill in the middle of the building
+                shutil.rmtree(partial)
             build_nano(
-                folder,
+                partial,
                 size=config.size,
+                tied=config.tied,
                 corpus=tokenizer_corpus(),
                 vocab_size=config.vocab_size,
                 thinking=config.thinking,
                 max_image_tokens=config.max_image_tokens,
                 seed=seed,
             )
+            partial.rename(folder)
+        self.ranks.wait()
         return folder
 
-    def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: DType) -> VllmSampler:
-        """Returns an engine for models of this architecture; its weights are whatever was published last: publish before use."""
+    def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: DType, lora: LoraConfig | None = None) -> VllmSampler:
+        """Returns an engine for models of this architecture; its weights are whatever was published last: publish before use.
+
+        An engine for adapters starts from the model's own folder, since only the adapter is published to it.
+        """
+        adapter = engine_adapter(loaded.model, lora, on_cpu=not torch.cuda.is_available())
         architecture = loaded.model.config.to_diff_dict()
-        key = (repr(sorted(architecture.items(), key=str)), config.model_copy(update={"temperature": 1.0}), dtype)
+        base = loaded.folder if adapter is not None else None
+        dtype_name: DType = "bfloat16" if machine_dtype(dtype) == torch.bfloat16 else "float32"
+        key = (repr(sorted(architecture.items(), key=str)), config.model_copy(update={"temperature": 1.0}), dtype_name, adapter, base)
         if self._engine is None or key != self._engine_key:
             self._open.close()
             self._engine = self._open.enter_context(
@@ -107,7 +126,8 @@ class Workshop:
                     config=config,
                     allowed=loaded.allowed,
                     stop_token_ids=loaded.stop_token_ids(),
-                    dtype=dtype,
+                    dtype=dtype_name,
+                    adapter=adapter,
                 )
             )
             self._engine_key = key

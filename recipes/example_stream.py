@@ -201,6 +201,8 @@ def _read_image(image: str, place: str, folder: Path) -> ImagePart:
         except binascii.Error as error:
             raise DataError(f"{place}: the data URL is not base64 ({error})") from error
         return ImagePart.from_bytes(content, f"{place}, data URL")
+    if Path(image).is_absolute() or ".." in Path(image).parts:
+        raise DataError(f"{place}: image {image!r} lies outside the data file's folder; give a path below it, or a data URL")
     try:
         return ImagePart.from_file(folder / image)
     except DataError as error:

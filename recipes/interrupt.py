@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+from ..model.layout import Ranks
+
 
 class StopRequestedError(Exception):
     """Somebody asked the run to stop; the step in flight is dropped."""
@@ -13,7 +15,8 @@ class StopRequestedError(Exception):
 class Interrupt:
     """While open, the first SIGINT or SIGTERM is remembered; a second one acts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.requested = False
         self._previous: dict[int, object] = {}
 
@@ -26,8 +29,8 @@ class Interrupt:
         self._restore()
 
     def check(self) -> None:
-        """Raises `StopRequestedError` if a stop was asked for."""
-        if self.requested:
+        """Raises `StopRequestedError` if a stop was asked for on any rank; called by all of them."""
+        if any(self.ranks.gather(self.requested)):
             raise StopRequestedError
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

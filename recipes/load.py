@@ -228,7 +228,7 @@ def _explain(path: Path, problem: Any, values: Mapping[str, Any]) -> str:  # noq
     return f"{place}{shown}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-_DISCRIMINATORS = ("method", "use", "name")
+_DISCRIMINATORS = ("method", "use", "name", "in")
 
 
 def _place(location: Sequence[Any], values: Mapping[str, Any]) -> tuple[str, list[str], str]:
@@ -255,8 +255,8 @@ def _place(location: Sequence[Any], values: Mapping[str, Any]) -> tuple[str, lis
         annotation = _below(annotation, part)
     if _models(annotation):  # the problem is of these settings, not of one of their keys
         siblings = _models(annotation)
-    tag = next((name for name in _DISCRIMINATORS if siblings and all(name in model.model_fields for model in siblings)), "")
-    return ".".join(kept), sorted({field for model in siblings for field in model.model_fields}), tag
+    tag = next((name for name in _DISCRIMINATORS if siblings and all(name in _keys(model) for model in siblings)), "")
+    return ".".join(kept), sorted({key for model in siblings for key in _keys(model)}), tag
 
 
 _STAGE_UNION: Any = SftRecipe | RlRecipe | EvaluateRecipe | ChainRecipe
@@ -275,17 +275,22 @@ def _models(annotation: Any) -> list[type[BaseModel]]:  # noqa: ANN401
     return [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
+def _keys(model: type[BaseModel]) -> dict[str, Any]:
+    """Returns what each key of the recipe may be; a key that Python cannot name (`in`) is a field's alias."""
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
 def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
     """Returns the values of the key by which a recipe picks these settings in a union."""
-    fields = [model.model_fields[name].annotation for name in _DISCRIMINATORS if name in model.model_fields]
+    fields = [_keys(model)[name] for name in _DISCRIMINATORS if name in _keys(model)]
     return next((get_args(annotation) for annotation in fields if get_origin(annotation) is Literal), ())
 
 
 def _below(annotation: Any, part: Any) -> Any:  # noqa: ANN401
     """Returns what the value under a key or index may be, None where the settings do not say."""
     for member in _members(annotation):
-        if isinstance(member, type) and issubclass(member, BaseModel) and part in member.model_fields:
-            return member.model_fields[part].annotation
+        if isinstance(member, type) and issubclass(member, BaseModel) and part in _keys(member):
+            return _keys(member)[part]
         if get_origin(member) is dict:
             return get_args(member)[1]
     return None

@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
         if name == "check":
             sub.add_argument("--engine", action="store_true", help="start the engine and compare it with the learner on the start model")
+            sub.add_argument("--devices", type=int, metavar="N", help="estimate memory for N devices instead of this machine's")
+            sub.add_argument("--device-memory", type=float, metavar="GIB", help="estimate memory for GPUs of so many GiB each")
         sub.set_defaults(command=command, name=name)
     return parser
 
@@ -82,12 +84,14 @@ def _print_lines(lines: Iterable[str]) -> None:
 def _check(parsed: argparse.Namespace) -> int:
     loaded = load_recipe(parsed.recipe, parsed.overrides)
     from ..rewards.manager import RewardManager
+    from .check_memory import check_memory, find_devices
 
     lines: list[str] = []
     for name, stage in loaded.stages:
         manager = RewardManager(stage.rewards, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
         lines += [f"{name}: reward {line}" for line in manager.describe()]
         lines += [f"{name}: {line}" for line in _check_rows(stage, manager)]
+    lines += check_memory(loaded, find_devices(count=parsed.devices, device_gib=parsed.device_memory))
     _print_lines([*lines, f"{parsed.recipe}: fine"])
     if parsed.engine:
         set_environment()

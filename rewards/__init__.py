@@ -7,7 +7,7 @@ A recipe's `RewardsConfig` names the components; a `RewardManager` judges groups
 from .config import ComponentConfig, RewardConfigError, RewardsConfig
 from .manager import RewardManager, RewardUnavailableError
 from .result import JudgedRollout, RewardResult, RolloutScore, ScoredGroup, Unavailable, UnjudgedRollout
-from .summary import ComponentSummary, ScoreSummary, summarise
+from .summary import ComponentSummary, ScoreSummary, group_outcomes, summarise
 from .worker import WorkerError
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "Unavailable",
     "UnjudgedRollout",
     "WorkerError",
+    "group_outcomes",
     "summarise",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from .result import ScoredGroup
+from .result import RolloutScore, ScoredGroup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,24 +53,43 @@ class ScoreSummary:
         return numbers
 
 
-def summarise(scored_groups: Sequence[ScoredGroup]) -> ScoreSummary:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupOutcomes:
+    """What judging said of one group, without the rollouts: light enough to pass between processes."""
+
+    scores: tuple[RolloutScore, ...]
+    unjudged_reasons: tuple[Mapping[str, str], ...]
+    """Of each rollout without a score, by component; empty for one that was dropped with its group"""
+
+
+def group_outcomes(scored_groups: Sequence[ScoredGroup]) -> list[GroupOutcomes]:
+    """Returns the outcomes of each group."""
+    return [
+        GroupOutcomes(
+            scores=tuple(judged.score for judged in group.judged), unjudged_reasons=tuple(rollout.reasons for rollout in group.unjudged)
+        )
+        for group in scored_groups
+    ]
+
+
+def summarise(outcomes: Sequence[GroupOutcomes]) -> ScoreSummary:
     """Returns the summary of a scored batch."""
-    scores = [judged.score for group in scored_groups for judged in group.judged]
-    unjudged = [rollout for group in scored_groups for rollout in group.unjudged]
+    scores = [score for group in outcomes for score in group.scores]
+    unjudged = [reasons for group in outcomes for reasons in group.unjudged_reasons]
     names = dict.fromkeys(name for score in scores for name in score.results)
-    names |= dict.fromkeys(name for rollout in unjudged for name in rollout.reasons)
+    names |= dict.fromkeys(name for reasons in unjudged for name in reasons)
     components = {}
     for name in names:
         results = [score.results[name] for score in scores if name in score.results]
         metric_names = dict.fromkeys(metric for result in results for metric in result.metrics)
         components[name] = ComponentSummary(
             num_judged=len(results),
-            num_unavailable=sum(name in rollout.reasons for rollout in unjudged),
+            num_unavailable=sum(name in reasons for reasons in unjudged),
             mean=fmean(result.value for result in results) if results else None,
             seconds=sum(score.judging_s.get(name, 0.0) for score in scores),
             metrics={metric: fmean(result.metrics[metric] for result in results if metric in result.metrics) for metric in metric_names},
         )
-    num_dropped = sum(not rollout.reasons for rollout in unjudged)
+    num_dropped = sum(not reasons for reasons in unjudged)
     return ScoreSummary(
         num_rollouts=len(scores) + len(unjudged),
         num_unavailable=len(unjudged) - num_dropped,

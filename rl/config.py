@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..model.config import Settings
 
@@ -54,6 +54,70 @@ class ReinforceConfig(Settings):
 PolicyLossConfig = Annotated[SapoConfig | GrpoConfig | GspoConfig | ReinforceConfig, Field(discriminator="name")]
 
 
+class KlLossConfig(Settings):
+    """KL(policy, reference) added to the loss of every trained token: `{in: loss, estimator: k2, coef: 0.001}`.
+
+    It sees each position by itself; what a token does to the divergence of later ones is counted by `in: reward` only.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    in_: Literal["loss"] = Field(alias="in")
+    estimator: Literal["exact", "k2", "k3"]
+    """exact: over the whole vocabulary, without noise, for which the reference's hidden states and head are at hand in each update.
+    k2 and k3 need the reference's log-prob of the drawn token only. k2 has the gradient of KL(policy, reference); k3, GRPO's choice,
+    that of KL(reference, policy), without bound where the policy gives up a token that the reference keeps."""
+    coef: float = Field(gt=0)
+    """Factor of the term, per nat. With k3 DeepSeekMath has 0.04 (arXiv:2402.03300 section 4.2), DeepSeek-R1 0.001
+    (arXiv:2501.12948); DAPO and SAPO have no such term (arXiv:2503.14476, arXiv:2511.20347), hence none by default."""
+
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _has_a_gradient(cls, estimator: Any) -> Any:  # noqa: ANN401
+        if estimator == "k1":
+            raise ValueError(
+                "as a loss k1 does nothing, the mean of its gradient is zero (arXiv:2506.09477); use exact, k2 or k3 here, "
+                "or k1 with `in: reward`"
+            )
+        return estimator
+
+
+_WRONG_IN_REWARD = {
+    "exact": "exact does not depend on the token that was drawn, so it says nothing about that token",
+    "k2": "k2 charges a token for being likelier than in the reference and for being less likely alike",
+    "k3": "k3 has that of KL(policy, reference) - KL(reference, policy), which is about zero near the reference",
+}
+
+
+class KlRewardConfig(Settings):
+    """KL(policy, reference) taken from the reward of every response: `{in: reward, estimator: k1, coef: 0.02}`.
+
+    reward - coef * sum over the response's tokens of (log policy - log reference), before advantages are taken.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    in_: Literal["reward"] = Field(alias="in")
+    estimator: Literal["k1"] = "k1"
+    """The only one whose policy gradient is that of KL(policy, reference)."""
+    coef: float = Field(gt=0)
+    """Reward per nat; InstructGPT has 0.02 (arXiv:2203.02155 appendix C.4). The penalty is a sum over tokens, where a loss term is a
+    mean: a coefficient of `in: loss` does not fit here."""
+
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _has_the_right_policy_gradient(cls, estimator: Any) -> Any:  # noqa: ANN401
+        if estimator in ("exact", "k2", "k3"):
+            raise ValueError(
+                f"in the reward only k1 has the policy gradient of KL(policy, reference): {_WRONG_IN_REWARD[estimator]}; "
+                f"use k1 here, or {estimator} with `in: loss` (arXiv:2510.01555)"
+            )
+        return estimator
+
+
+KlConfig = Annotated[KlLossConfig | KlRewardConfig, Field(discriminator="in_")]
+
+
 class RlConfig(Settings):
     """One stage of reinforcement learning."""
 
@@ -65,6 +129,8 @@ class RlConfig(Settings):
     num_mini_batches: int = Field(default=2, ge=1)
     """Optimizer updates a step (2: Qwen3-VL's split, arXiv:2511.20347 section 5). With 1 the ratio is 1 and every gate is open."""
     policy_loss: PolicyLossConfig = SapoConfig()
+    kl: KlConfig | None = None
+    """A term that holds the policy near the model that the stage starts from; absent: none, as in SAPO (arXiv:2511.20347)."""
     scale_advantages: Literal["std", "none"] = "std"
     normalize_by: Literal["planned", "signal"] = "planned"
     """Denominator of a mini-batch's mean over responses: all that were planned, or only those of groups with signal. `planned` keeps

@@ -38,10 +38,10 @@ def sapo(logprobs: Tensor, old_logprobs: Tensor, *, advantages: Tensor, tau_pos:
     Deviation from the paper: log-ratios are held within +-20 (see `MAX_LOG_RATIO`), where for tau near 1 the gradient is below 1e-8 * |A|.
     Raises `ValueError` for unequal shapes and for temperatures that are not above 0.
     """
-    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     advantages = advantages.float()
     tau = _gate_temperatures(advantages, tau_pos=tau_pos, tau_neg=tau_neg)
-    ratio = _clamped_log_ratio(logprobs, old_logprobs).exp()
+    ratio = clamped_log_ratio(logprobs, old_logprobs).exp()
     gate = 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0))
     return -gate * advantages
 
@@ -51,7 +51,7 @@ def gate_weights(ratio: Tensor, *, advantages: Tensor, tau_pos: float, tau_neg: 
 
     w(r) = df/dr = 4 p (1 - p), p = sigmoid(tau * (r - 1)) (arXiv:2511.20347 eq. 8); tau as in `sapo`. It is 1 at r = 1.
     """
-    _check_shapes(ratio=ratio, advantages=advantages)
+    check_shapes(ratio=ratio, advantages=advantages)
     logits = _gate_temperatures(advantages, tau_pos=tau_pos, tau_neg=tau_neg).to(ratio.dtype) * (ratio - 1.0)
     # sigmoid(-x) rather than 1 - sigmoid(x), which rounds to 0 while the weight is still 1e-7.
     return 4.0 * torch.sigmoid(logits) * torch.sigmoid(-logits)
@@ -64,8 +64,8 @@ def grpo(logprobs: Tensor, old_logprobs: Tensor, *, advantages: Tensor, clip_low
     Unequal bounds are DAPO's clip-higher (arXiv:2503.14476: 0.2 and 0.28). Log-ratios are held within +-20 as in `sapo`.
     Raises `ValueError` for unequal shapes and bounds outside [0, 1) and [0, inf).
     """
-    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    return _clipped(_clamped_log_ratio(logprobs, old_logprobs).exp(), advantages.float(), clip_low=clip_low, clip_high=clip_high)
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    return _clipped(clamped_log_ratio(logprobs, old_logprobs).exp(), advantages.float(), clip_low=clip_low, clip_high=clip_high)
 
 
 def gspo(
@@ -79,10 +79,10 @@ def gspo(
     `sequence_ids` [N] int64 numbers the responses 0..S-1, each with at least one token. A response must lie in one micro-batch whole:
     of a part, s would be another number. Raises `ValueError` for unequal shapes, ids that are not int64, and bounds as in `grpo`.
     """
-    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, sequence_ids=sequence_ids)
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, sequence_ids=sequence_ids)
     if sequence_ids.dtype != torch.int64:
         raise ValueError(f"sequence_ids of dtype {sequence_ids.dtype}: must be torch.int64, they index the responses")
-    log_ratio = _clamped_log_ratio(logprobs, old_logprobs)
+    log_ratio = clamped_log_ratio(logprobs, old_logprobs)
     # N bounds the number of responses: sums of that length need no look at the ids on the host, which would stall the GPU.
     sums = torch.zeros_like(log_ratio).index_add(0, sequence_ids, log_ratio)
     lengths = torch.zeros_like(log_ratio).index_add(0, sequence_ids, torch.ones_like(log_ratio))
@@ -95,7 +95,7 @@ def reinforce(logprobs: Tensor, *, advantages: Tensor) -> Tensor:
 
     Unbiased only on policy; it is what every other loss here reduces to at r = 1.
     """
-    _check_shapes(logprobs=logprobs, advantages=advantages)
+    check_shapes(logprobs=logprobs, advantages=advantages)
     return -advantages.float() * logprobs.float()
 
 
@@ -107,10 +107,10 @@ def truncated_importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor,
     the response is not offered: over thousands of tokens it sends gradients to zero or masks everything. The log difference is
     held within +-20. Raises `ValueError` for unequal shapes and a cap that is not above 0.
     """
-    _check_shapes(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs)
+    check_shapes(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs)
     if not cap > 0:
         raise ValueError(f"cap = {cap!r}: must be above 0, it is the largest weight of a token (2.0 is usual)")
-    return _clamped_log_ratio(old_logprobs.detach(), sampler_logprobs.detach()).exp().clamp(max=cap)
+    return clamped_log_ratio(old_logprobs.detach(), sampler_logprobs.detach()).exp().clamp(max=cap)
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def ratio_statistics(logprobs: Tensor, old_logprobs: Tensor, *, advantages: Tens
     Keys of a sign that no token has are left out. Quantiles do not average over micro-batches: hand in the tokens of a whole step.
     Raises `ValueError` for unequal shapes and no tokens, `NonFiniteLogprobsError` for log-probs that are not finite.
     """
-    _check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    check_shapes(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     log_ratio = _finite_log_ratio(logprobs=logprobs, old_logprobs=old_logprobs)
     ratio = log_ratio.exp()
     gate = gate_weights(ratio, advantages=advantages, tau_pos=tau_pos, tau_neg=tau_neg)
@@ -153,7 +153,7 @@ def engine_mismatch(old_logprobs: Tensor, sampler_logprobs: Tensor) -> dict[str,
     above 2 or below 1/2 (more than a tenth is a danger sign for mixtures of experts: arXiv:2510.11370).
     Raises `ValueError` for unequal shapes and no tokens, `NonFiniteLogprobsError` for log-probs that are not finite.
     """
-    _check_shapes(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs)
+    check_shapes(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs)
     gap = _finite_log_ratio(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs)
     return {
         "engine_mean_abs_gap": gap.abs().mean().item(),
@@ -163,7 +163,7 @@ def engine_mismatch(old_logprobs: Tensor, sampler_logprobs: Tensor) -> dict[str,
     }
 
 
-def _clamped_log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+def clamped_log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Returns numerator - denominator in fp32 within +-20; no gradient flows into the denominator."""
     return (numerator.float() - denominator.detach().float()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
@@ -219,7 +219,7 @@ def _finite_log_ratio(**logprobs: Tensor) -> Tensor:
     return numerator.double() - denominator.double()
 
 
-def _check_shapes(**arrays: Tensor) -> None:
+def check_shapes(**arrays: Tensor) -> None:
     """Raises `ValueError` unless all arrays are [N] with one N: [N] against [N, 1] would broadcast to [N, N] without a word."""
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if len(set(shapes.values())) != 1 or any(len(shape) != 1 for shape in shapes.values()):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model.chat import Chat, check_fits
 from ..model.learner import FULL_DISTRIBUTION, Learner, TokenLogprobs
-from ..model.metrics import merge, total
+from ..model.metrics import maximum, total
 from ..model.packing import pack, weigh
 from ..model.records import DataError, Example, TrainSequence
 from .config import SftConfig
@@ -30,18 +30,15 @@ class SftStage:
         self.chat = chat
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Does one optimizer update on the examples and returns the step's metrics."""
+        """Does one optimizer update on the examples of all ranks and returns the step's metrics; `examples` are this rank's."""
         start = time.perf_counter()
         families = [[self._sequence(example)] for example in examples]
-        batches = pack(weigh(families, self.config.weighting), media=self.chat, token_budget=self.learner.config.token_budget)
-        loss = sum(self.learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs) for batch in batches)
-        update = self.learner.optim_step()
-        num_tokens = sum(len(batch.token_ids) for batch in batches)
-        seconds = time.perf_counter() - start
-        counts = merge(
-            [{"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))} for batch in batches]
-        )
-        return {"loss": loss, **update, **counts, "time/step_s": seconds, "time/tokens_per_s": num_tokens / seconds}
+        weighted = weigh(families, self.config.weighting, over_ranks=self.learner.ranks.total)
+        batches = self.learner.fill(pack(weighted, media=self.chat, token_budget=self.learner.config.token_budget))
+        update = self.learner.update(batches, FULL_DISTRIBUTION, [negative_logprobs] * len(batches))
+        counts = [{"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))} for batch in batches]
+        measured = self.learner.ranks.merge([update, *counts, {"time/step_s": maximum(time.perf_counter() - start)}])
+        return {**measured, "time/tokens_per_s": measured["unique_tokens"] / measured["time/step_s"]}
 
     def _sequence(self, example: Example) -> TrainSequence[NoTargets]:
         sequence = supervised_sequence(example, self.chat)

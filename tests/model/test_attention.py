@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 from vlpost.model import attention
-from vlpost.model.attention import PACKED_ATTENTION, AttentionPlan, Segment, packed_attention, plan_attention, plan_passes
+from vlpost.model.attention import PACKED_ATTENTION, packed_attention
+from vlpost.model.attention_plan import AttentionPlan, Segment, plan_attention, plan_passes
 
 
 @st.composite

@@ -1,27 +1,32 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 from vlpost.model.config import LearnerConfig
-from vlpost.model.learner import FULL_DISTRIBUTION, Distribution, Learner, NonFiniteError, Policy, scheduled_learning_rate
+from vlpost.model.learner import FULL_DISTRIBUTION, Distribution, Learner, batch_logprobs, scheduled_learning_rate
 from vlpost.model.loading import part_of
-from vlpost.model.packing import pack, weigh
+from vlpost.model.packing import empty_batch, pack, weigh
 from vlpost.model.records import Message, TextPart, TrainSequence
+from vlpost.model.vision import vision_pass
 
 
 @pytest.fixture(scope="module")
 def batches(chat, make_image):
     """Two micro-batches of one step: a group about an image, and a text row."""
 
-    def sequence(parts, response):
+    def sequence(place, parts, response):
         prompt = chat.encode_prompt([Message(role="user", parts=parts)])
         ids = prompt.token_ids + response
         return TrainSequence(
-            place="row", token_ids=ids, trained=(False,) * len(prompt.token_ids) + (True,) * len(response), media=prompt.media, targets=None
+            place=place, token_ids=ids, trained=(False,) * len(prompt.token_ids) + (True,) * len(response), media=prompt.media, targets=None
         )
 
     seen = (make_image(), TextPart(text="the sum?"))
-    families = [[sequence(seen, (5, 6, 7)), sequence(seen, (5, 8))], [sequence((TextPart(text="3 + 4?"),), (9, 10, 11, 12))]]
+    families = [
+        [sequence("image 0", seen, (5, 6, 7)), sequence("image 1", seen, (5, 8))],
+        [sequence("text", (TextPart(text="3 + 4?"),), (9, 10, 11, 12))],
+    ]
     return [batch for family in weigh(families, "token") for batch in pack([family], media=chat, token_budget=512)]
 
 
@@ -31,6 +36,10 @@ def negative_logprobs(outputs):
 
 def config(**changes):
     return LearnerConfig(**{"learning_rate": 1e-2, **changes})
+
+
+def alone(model, batch):
+    return batch_logprobs(model, batch, FULL_DISTRIBUTION, vision=vision_pass(model.model, batch.vision, must_run=True))
 
 
 def weights(learner):
@@ -54,7 +63,7 @@ def test_steps_equal_adamw_written_by_hand(batches, make_model, max_grad_norm):
         for parameter, value in zip(model.parameters(), parameters, strict=True):
             parameter.data.copy_(value)
         model.zero_grad()
-        loss = sum((batch.token_weights * -Policy(model)(batch, FULL_DISTRIBUTION).logprobs).sum() for batch in batches)
+        loss = sum((batch.token_weights * -alone(model, batch).logprobs).sum() for batch in batches)
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters()]
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
@@ -70,7 +79,7 @@ def test_steps_equal_adamw_written_by_hand(batches, make_model, max_grad_norm):
         metrics = learner.optim_step()
 
         assert sum(losses) == pytest.approx(loss.item(), rel=1e-5)
-        assert metrics == {"grad_norm": pytest.approx(norm, rel=1e-4), "learning_rate": pytest.approx(rate)}
+        assert metrics == {"grad_norm": pytest.approx(norm, rel=1e-4), "learning_rate": pytest.approx(rate), "nonfinite_updates": 0.0}
         assert (norm > max_grad_norm) == (max_grad_norm == 1e-2)
         # Adam divides by the gradient's size: where a gradient is about its rounding error, so is the direction of the step.
         for found, expected, gradient in zip(learner.model.parameters(), parameters, gradients, strict=True):
@@ -154,30 +163,118 @@ def test_settings_with_every_part_frozen_are_refused():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_changes_nothing(value, batches, make_model):
+def test_a_loss_that_is_not_finite_drops_the_update_and_names_the_example(value, batches, make_model):
     learner = Learner(make_model(), config=config(), num_steps=3)
     before = weights(learner)
     learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
-    with pytest.raises(NonFiniteError, match=rf"the loss of update 1 is -?{value}: the step is dropped, weights are unchanged"):
-        learner.forward_backward(batches[1], FULL_DISTRIBUTION, lambda outputs: outputs.logprobs * value)
-    assert learner.policy_version == 0
+    learner.forward_backward(batches[1], FULL_DISTRIBUTION, lambda outputs: outputs.logprobs * value)
+    assert learner.optim_step() == {"nonfinite_updates": 1.0}
+    assert learner.take_faults() == ["update 1 is dropped, weights are unchanged: the loss or its gradient is not finite in text"]
+    assert learner.take_faults() == []
+    assert (learner.policy_version, learner.nonfinite_in_a_row) == (0, 1)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner).items())
-    # The gradient of the batch before is dropped with the step.
+    # The gradient of the batch before is dropped with the update.
     assert all(parameter.grad is None for parameter in learner.model.parameters())
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(batches, make_model):
+def test_a_gradient_that_is_not_finite_drops_the_update_and_names_the_examples(batches, make_model):
     learner = Learner(make_model(), config=config(), num_steps=3)
     before = weights(learner)
-    # The value is 0, the slope of the root at 0 is infinite.
-    learner.forward_backward(batches[0], FULL_DISTRIBUTION, lambda outputs: (outputs.logprobs - outputs.logprobs.detach()).sqrt())
-    with pytest.raises(NonFiniteError, match=r"the gradient norm of update 1 is (nan|inf): the step is dropped, weights are unchanged"):
-        learner.optim_step()
-    assert learner.policy_version == 0
+
+    def root_of_zero(outputs):  # the value is 0, the slope of the root at 0 is infinite
+        difference = outputs.logprobs - outputs.logprobs.detach()
+        return torch.cat([difference[:3], difference[3:].sqrt()])
+
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, root_of_zero)
+    assert learner.optim_step() == {"nonfinite_updates": 1.0}
+    assert learner.take_faults() == ["update 1 is dropped, weights are unchanged: the loss or its gradient is not finite in image 1"]
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner).items())
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, root_of_zero)
+    assert learner.optim_step() == {"nonfinite_updates": 1.0}
+    assert learner.nonfinite_in_a_row == 2
     learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
     assert math.isfinite(learner.optim_step()["grad_norm"])
-    assert learner.policy_version == 1
+    assert (learner.policy_version, learner.nonfinite_in_a_row) == (1, 0)
+
+
+def test_a_gradient_that_breaks_inside_the_model_names_the_step(batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    learner.model.model.language_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * math.nan)
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    assert learner.optim_step() == {"nonfinite_updates": 1.0}
+    assert learner.take_faults() == [
+        "update 1 is dropped, weights are unchanged: the gradient norm is nan though every loss is finite, on image 0, image 1"
+    ]
+
+
+def test_an_image_that_is_not_finite_is_named(batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    vision = dataclasses.replace(batches[0].vision, pixel_values=batches[0].vision.pixel_values * math.nan)
+    learner.forward_backward(dataclasses.replace(batches[0], vision=vision), FULL_DISTRIBUTION, negative_logprobs)
+    assert learner.optim_step() == {"nonfinite_updates": 1.0}
+    assert learner.take_faults()[0].endswith("not finite in image 0, image 1")
+
+
+# ---------------------------------------------------------------- batches without images, and none at all
+
+
+def test_an_update_does_not_depend_on_which_micro_batch_holds_the_images(batches, make_model):
+    """A micro-batch of text alone moves the tower as the same rows do beside images: gradients of zero, not none."""
+    learner = Learner(make_model(), config=config(weight_decay=0.1), num_steps=3)
+    before = weights(learner)
+    learner.forward_backward(batches[1], FULL_DISTRIBUTION, negative_logprobs)
+    assert all(parameter.grad is not None for parameter in learner.model.parameters())
+    assert all(not p.grad.any() for name, p in learner.model.named_parameters() if "visual." in name)
+    learner.optim_step()
+    assert all(not torch.equal(before[name], value) for name, value in weights(learner).items() if value.any() and value.ndim > 1)
+
+
+def test_an_empty_batch_adds_nothing(batches, make_model):
+    learner = Learner(make_model(), config=config(), num_steps=3)
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    before = [parameter.grad.clone() for parameter in learner.model.parameters()]
+    assert learner.forward_backward(empty_batch(), FULL_DISTRIBUTION, negative_logprobs) == 0.0
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(before, learner.model.parameters(), strict=True))
+    assert learner.fill(batches) == batches
+
+
+def test_a_frozen_tower_runs_once_for_all_forwards_of_a_step(batches, make_model):
+    learner = Learner(make_model(), config=config(freeze=("vision", "merger")), num_steps=3)
+    passes = []
+    learner.model.model.visual.register_forward_hook(lambda *_: passes.append(1))
+    first = learner.logprobs(batches[0], FULL_DISTRIBUTION)
+    learner.logprobs(batches[1], FULL_DISTRIBUTION)
+    seen = []
+    learner.forward_backward(batches[0], FULL_DISTRIBUTION, lambda outputs: seen.append(outputs.logprobs) or -outputs.logprobs)
+    assert len(passes) == 1
+    assert torch.equal(seen[0], first.logprobs)
+    learner.optim_step()
+    learner.logprobs(batches[0], FULL_DISTRIBUTION)
+    assert len(passes) == 2
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights_gradients_and_logprobs(batches, make_model):
+    exact = Learner(make_model(), config=config(), num_steps=3)
+    half = Learner(make_model(), config=config(dtype="bfloat16", freeze=("vision",)), num_steps=3)
+    products = []
+    half.model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(lambda *call: products.append(call[-1].dtype))
+    expected, found = (learner.logprobs(batches[0], FULL_DISTRIBUTION) for learner in (exact, half))
+    assert products == [torch.bfloat16]
+    assert found.logprobs.dtype == found.entropy.dtype == torch.float32
+    gap = (expected.logprobs - found.logprobs).abs().max().item()
+    assert 1e-6 < gap < 0.1
+    exact.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    half.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
+    for (name, one), other in zip(exact.model.named_parameters(), half.model.parameters(), strict=True):
+        assert other.dtype == torch.float32
+        if part_of(name) == "vision":
+            continue
+        assert other.grad.dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0)
+        assert cosine > 0.98, name
 
 
 # ---------------------------------------------------------------- learning rate

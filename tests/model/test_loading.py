@@ -118,3 +118,18 @@ def test_hub_weights_hold_every_stored_name_and_the_tied_head(make_model, nano_f
     assert all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
     assert torch.equal(weights["lm_head.weight"], stored["model.language_model.embed_tokens.weight"])
     assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+def test_patches_are_embedded_as_by_the_convolution_also_in_a_copy(make_model, make_plain_model):
+    ours, plain = make_model(), make_plain_model()
+    pixels = torch.randn(8, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(0))
+    found, expected = ours.model.visual.patch_embed(pixels), plain.model.visual.patch_embed(pixels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in ((found, ours), (expected, plain)):
+        (one * direction).sum().backward()
+        assert other.model.visual.patch_embed.proj.weight.grad is not None
+    one, other = (model.model.visual.patch_embed.proj for model in (ours, plain))
+    torch.testing.assert_close(one.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.bias.grad, other.bias.grad, rtol=1e-4, atol=1e-4)
+    assert set(ours.state_dict()) == set(plain.state_dict())

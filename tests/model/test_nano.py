@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Tokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2Tokenizer,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
+)
 from transformers.video_utils import VideoMetadata
 from vlpost.model.chat_template import chat_template
 from vlpost.model.nano import MARKUP_TOKENS, SPECIAL_TOKENS, build_nano
@@ -40,6 +47,12 @@ def model(nano):
     return AutoModelForImageTextToText.from_pretrained(nano)
 
 
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    folder = build_nano(tmp_path_factory.mktemp("nano") / "moe", size="moe-s", corpus=CORPUS, seed=1)
+    return AutoModelForImageTextToText.from_pretrained(folder)
+
+
 def pixels(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -47,7 +60,7 @@ def pixels(width, height, seed=0):
 # ---------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize(("size", "least", "most"), [("s", 0.9e6, 1.5e6), ("m", 3.5e6, 4.5e6)])
+@pytest.mark.parametrize(("size", "least", "most"), [("s", 0.9e6, 1.5e6), ("m", 3.5e6, 4.5e6), ("moe-s", 1.9e6, 2.3e6)])
 def test_parameter_counts(tmp_path, size, least, most):
     folder = build_nano(tmp_path / "nano", size=size, corpus=CORPUS, seed=0)
     assert folder == tmp_path / "nano"
@@ -75,13 +88,40 @@ def test_embeddings_are_tied_and_stored_once(nano, model):
     assert model.config.text_config.tie_word_embeddings is True
 
 
+@pytest.mark.parametrize(
+    ("size", "tied", "expected"), [("s", False, False), ("m", None, True), ("moe-s", None, False), ("moe-s", True, True)]
+)
+def test_the_head_is_the_embedding_or_its_own(tmp_path, size, tied, expected):
+    folder = build_nano(tmp_path / "nano", size=size, corpus=CORPUS, seed=1, tied=tied)
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert (model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()) is expected
+    assert ("lm_head.weight" not in load_file(folder / "model.safetensors")) is expected
+    assert model.config.tie_word_embeddings is model.config.text_config.tie_word_embeddings is expected
+
+
+def test_a_mixture_routes_every_token_in_every_layer_as_the_published_ones_do(moe):
+    text = moe.config.text_config
+    assert isinstance(moe, Qwen3VLMoeForConditionalGeneration)
+    assert (text.num_experts, text.num_experts_per_tok, text.decoder_sparse_step, text.mlp_only_layers) == (8, 2, 1, [])
+    assert text.norm_topk_prob is True
+    assert text.hidden_size not in (text.moe_intermediate_size, 2 * text.moe_intermediate_size)
+    assert text.moe_intermediate_size % 32 == 0
+    gates = [parameter for name, parameter in moe.named_parameters() if name.endswith("mlp.gate.weight")]
+    assert len(gates) == text.num_hidden_layers
+    assert all(len(gate.unique(dim=0)) == 8 for gate in gates)
+
+
 def test_generation_ends_at_either_end_token(processor, model):
     end_of_turn, end_of_text = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert model.generation_config.eos_token_id == [end_of_turn, end_of_text]
     assert model.generation_config.pad_token_id == end_of_text
 
 
-def test_every_parameter_gets_a_gradient_from_image_video_and_text_rows(processor, model):
+@pytest.mark.parametrize("kind", ["model", "moe"])
+def test_every_parameter_gets_a_gradient_from_image_video_and_text_rows(processor, kind, request):
+    model = request.getfixturevalue(kind)
     frames = np.stack([np.asarray(pixels(64, 32, seed)) for seed in range(4)])
     rows = [
         "<|vision_start|><|image_pad|><|vision_end|>How many?",
@@ -261,7 +301,7 @@ def test_media_budgets_are_what_was_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"size": "l"}, "nano size 'l': give one of s, m"),
+        ({"size": "l"}, "nano size 'l': give one of s, m, moe-s"),
         ({"vocab_size": 383}, "vocab_size = 383: give a number from 384 to 1024"),
         ({"vocab_size": 1025}, "vocab_size = 1025: give a number from 384 to 1024"),
         ({"corpus": "one long text"}, "corpus is one string: give an iterable of texts"),

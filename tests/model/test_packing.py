@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from vlpost.model.chat import ProcessedMedia
-from vlpost.model.learner import FULL_DISTRIBUTION, Policy
+from vlpost.model.learner import FULL_DISTRIBUTION, batch_logprobs
 from vlpost.model.packing import Weighted, pack, split_by_sequence, weigh
 from vlpost.model.records import ImagePart, Message, TextPart, TrainSequence, VideoPart
+from vlpost.model.vision import vision_pass
 
 # A family is a prompt and its responses. Parts and responses name media by one capital letter; a medium in a response is what a tool
 # returned, so its tokens are not trained.
@@ -110,12 +111,16 @@ def gradients_of(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def forward(model, batch):
+    return batch_logprobs(model, batch, FULL_DISTRIBUTION, vision=vision_pass(model.model, batch.vision, must_run=False))
+
+
 def run_packed(model, batches):
     """Adds the gradients of the batches and returns the log-probs by sequence."""
     logprobs = {}
-    policy = Policy(model).train()
+    model.train()
     for batch in batches:
-        outputs = policy(batch, FULL_DISTRIBUTION)
+        outputs = forward(model, batch)
         (batch.token_weights * -outputs.logprobs).sum().backward()
         for sequence, values in zip(batch.sequences, split_by_sequence(batch, outputs.logprobs.detach()), strict=True):
             logprobs[id(sequence)] = values
@@ -383,7 +388,7 @@ def test_each_distinct_image_goes_through_the_tower_once(make_families, make_mod
     model = make_model()
     tower_inputs = []
     model.model.visual.register_forward_pre_hook(lambda module, inputs: tower_inputs.append(inputs[0].shape[0]))
-    Policy(model)(batch, FULL_DISTRIBUTION)
+    forward(model, batch)
     assert tower_inputs == [sum(len(pixels) for pixels in patches)]
 
 

@@ -269,3 +269,8 @@ def test_engine_refuses_a_wrong_environment(bench, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(EngineError, match="set it before torch or vllm is imported"):
         VllmSampler(bench.folder, chat=bench.chat, config=CONFIG, allowed=bench.allowed, stop_token_ids=bench.stop, dtype="float32")
+
+
+def test_an_engine_without_room_refuses_an_adapter(bench, tmp_path):
+    with pytest.raises(EngineError, match="started without room for adapters: give VllmSampler the `engine_adapter`"):
+        bench.sampler.load_adapter(tmp_path, 1)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from vlpost.model.layout import Ranks
 from vlpost.model.records import Example, Message, Rollout, TextPart
 from vlpost.model.sampler import request_seed
 from vlpost.recipes.evaluate import evaluate
@@ -68,6 +69,7 @@ def measure(script, config, rewards, *, seed=0, examples=None):
         sampler=sampler,
         rewards=rewards,
         chat=Chat(),  # pyright: ignore
+        ranks=Ranks(),
         seed=seed,
     )
     return measured, sampler.requests

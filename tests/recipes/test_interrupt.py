@@ -2,6 +2,7 @@ import os
 import signal
 
 import pytest
+from vlpost.model.layout import Ranks
 from vlpost.recipes.interrupt import Interrupt, StopRequestedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,14 +21,14 @@ def handlers():
 
 
 def test_without_a_signal_check_does_nothing():
-    with Interrupt() as interrupt:
+    with Interrupt(Ranks()) as interrupt:
         interrupt.check()
         assert not interrupt.requested
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_remembered_until_the_next_check(number):
-    with Interrupt() as interrupt:
+    with Interrupt(Ranks()) as interrupt:
         os.kill(os.getpid(), number)
         assert interrupt.requested
         for _ in range(2):
@@ -36,7 +37,7 @@ def test_the_first_signal_is_remembered_until_the_next_check(number):
 
 
 def test_the_second_ctrl_c_acts_at_once():
-    with Interrupt() as interrupt:
+    with Interrupt(Ranks()) as interrupt:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -44,7 +45,7 @@ def test_the_second_ctrl_c_acts_at_once():
 
 
 def test_a_second_signal_of_the_other_kind_acts_at_once_too(handlers):
-    with Interrupt():
+    with Interrupt(Ranks()):
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -56,7 +57,7 @@ def test_the_handlers_are_put_back_at_the_end(handlers, signals):
     calls = []
     signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
     own = signal.getsignal(signal.SIGINT)
-    with Interrupt():
+    with Interrupt(Ranks()):
         assert signal.getsignal(signal.SIGINT) != own
         for _ in range(signals):
             signal.raise_signal(signal.SIGINT)
@@ -66,6 +67,6 @@ def test_the_handlers_are_put_back_at_the_end(handlers, signals):
 
 
 def test_the_handlers_are_put_back_after_an_error(handlers):
-    with pytest.raises(OSError, match="disk full"), Interrupt():
+    with pytest.raises(OSError, match="disk full"), Interrupt(Ranks()):
         raise OSError("disk full")
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers

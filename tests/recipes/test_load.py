@@ -164,7 +164,7 @@ def test_a_missing_key_is_named(refusal, old, new, words):
         ("name: grpo", "name: ppo", "rl.policy_loss: name = 'ppo': must be one of 'sapo', 'grpo', 'gspo', 'reinforce'"),
         ("group_size: 2", "group_size: 1", "rl.group_size = 1: Input should be greater than or equal to 2"),
         ("num_steps: 3", "num_steps: many", "rl.num_steps = 'many': Input should be a valid integer, unable to parse string as an integer"),
-        ("size: s", "size: xl", "model.nano.size = 'xl': Input should be 's' or 'm'"),
+        ("size: s", "size: xl", "model.nano.size = 'xl': Input should be 's', 'm' or 'moe-s'"),
         ("1.0e-3", ".inf", "learner.learning_rate = inf: Input should be a finite number"),
         ("1.0e-3", ".nan", "learner.learning_rate = nan: Input should be a finite number"),
         ("learner: {learning_rate: 1.0e-3}", "learner: 3", "learner = 3: Input should be a valid dictionary or instance of LearnerConfig"),

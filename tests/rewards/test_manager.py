@@ -19,6 +19,7 @@ from vlpost.rewards import (
     RolloutScore,
     Unavailable,
     UnjudgedRollout,
+    group_outcomes,
     summarise,
 )
 
@@ -182,7 +183,7 @@ def test_drop_rollout_keeps_the_rest_and_drop_group_does_not(make_manager, make_
         UnjudgedRollout(rollout=groups[0].rollouts[1], reasons={"judge": "judge is down"}),
     )
     assert len(second.judged) == 2
-    summary = summarise([first, second])
+    summary = summarise(group_outcomes([first, second]))
     assert (summary.num_rollouts, summary.num_unavailable, summary.num_dropped, summary.reward_mean) == (4, 1, 1, 1.0)
 
 
@@ -254,7 +255,7 @@ def test_settings_are_checked(settings, words):
 
 
 def test_summary_by_component(length_rewards, make_group):
-    summary = summarise(length_rewards.score([make_group("4", "4", "four", "raise", task="both"), make_group("4", "abc")]))
+    summary = summarise(group_outcomes(length_rewards.score([make_group("4", "4", "four", "raise", task="both"), make_group("4", "abc")])))
     assert (summary.num_rollouts, summary.num_unavailable, summary.num_dropped) == (4, 1, 0)
     assert summary.reward_mean == pytest.approx(((0.5 - 1 + 1 + 1) + (2.0 - 4 + 1 + 1) + 1.5) / 3)
     assert {name: (part.num_judged, part.num_unavailable, part.mean) for name, part in summary.components.items()} == {

@@ -1,35 +1,17 @@
 """One step of reinforcement learning: a scripted engine, a real policy, and the same gradient from transformers alone."""
 
-import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from transformers import AutoModelForImageTextToText
-from vlpost.model.chat import Chat, allowed_token_mask
-from vlpost.model.config import LearnerConfig
-from vlpost.model.learner import Distribution, Learner
-from vlpost.model.loading import load_model, load_processor
-from vlpost.model.nano import build_nano
-from vlpost.model.records import Example, ImagePart, Message, Rollout, TextPart
+from vlpost.model.records import Example, Message, Rollout, TextPart
 from vlpost.model.sampler import request_seed
-from vlpost.rewards import JudgedRollout, RewardManager, RewardsConfig, RolloutScore, ScoredGroup, UnjudgedRollout
+from vlpost.rewards import JudgedRollout, RolloutScore, ScoredGroup, UnjudgedRollout
 from vlpost.rl.config import RlConfig
 from vlpost.rl.policy_loss import ratio_statistics
-from vlpost.rl.train import RlStage, policy_families
-
-TEMPERATURE = 0.7
-PLUG_IN = """
-from vlpost.rewards import Unavailable
-
-def number(example, rollout):
-    return Unavailable(reason="no judge") if rollout.text == "x" else float(rollout.text)
-"""
-
+from vlpost.rl.train import policy_families
 
 # ---------------------------------------------------------------- families: who weighs what
 
@@ -123,114 +105,6 @@ SIGNS = ("pos", "neg")
 # ---------------------------------------------------------------- the stage
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    corpus = [f"How much is {number} + {number + 3}? {2 * number + 3}" for number in range(30)]
-    return build_nano(tmp_path_factory.mktemp("nano") / "nano", size="s", corpus=corpus, seed=5, vocab_size=448)
-
-
-@pytest.fixture(scope="module")
-def processor(folder):
-    return load_processor(folder)
-
-
-@pytest.fixture(scope="module")
-def chat(processor):
-    return Chat(processor)
-
-
-@pytest.fixture(scope="module")
-def make_model(folder):
-    loaded = load_model(folder, dtype=torch.float32)
-    return lambda: copy.deepcopy(loaded)
-
-
-@pytest.fixture(scope="module")
-def plain_model(folder):
-    """The same weights as transformers alone runs them."""
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-
-
-@pytest.fixture(scope="module")
-def distribution(chat, make_model):
-    allowed = allowed_token_mask(chat, make_model().get_output_embeddings().weight.shape[0])
-    return Distribution(temperature=TEMPERATURE, allowed=allowed)
-
-
-@pytest.fixture(scope="module")
-def rewards(tmp_path_factory):
-    recipe_folder = tmp_path_factory.mktemp("recipe")
-    (recipe_folder / "plug_in.py").write_text(PLUG_IN, encoding="utf-8")
-    config = RewardsConfig.model_validate({"components": {"number": {"use": "plug_in.py:number"}}, "max_unavailable_frac": 1.0})
-    with RewardManager(config, recipe_folder=recipe_folder, allow_code=False) as manager:
-        yield manager
-
-
-def examples(count=4):
-    """Questions, every other one about an image of its own."""
-    made = []
-    for number in range(count):
-        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        image = (ImagePart.from_image(Image.fromarray(noise)),) if number % 2 == 0 else ()
-        message = Message(role="user", parts=(*image, TextPart(text=f"What is {number}?")))
-        made.append(Example(id=f"e{number}", messages=(message,), answer="", task="t", source="s"))
-    return made
-
-
-class ScriptedSampler:
-    """Draws the responses of a script; their text is their reward, their tokens and log-probs come from a generator."""
-
-    def __init__(self, script):
-        self.script = script
-        self.policy_version = 0
-        self.requests = []
-        self.loaded = []
-
-    def sample(self, requests):
-        self.requests += requests
-        return [tuple(self._rollout(request, child) for child in range(request.num_rollouts)) for request in requests]
-
-    def _rollout(self, request, child):
-        text = self.script[request.place][child]
-        draw = np.random.default_rng([child, len(request.place), int(request.place[1:])])
-        ids = tuple(int(token) for token in draw.integers(20, 250, 2 + child))
-        prompt = request.prompt.token_ids
-        return Rollout(
-            token_ids=prompt + ids,
-            sampled=(False,) * len(prompt) + (True,) * len(ids),
-            sampler_logprobs=(0.0,) * len(prompt) + tuple(float(value) for value in draw.uniform(-7.0, -5.0, len(ids))),
-            media=request.prompt.media,
-            text=text.removeprefix("#"),
-            prompt_suffix="",
-            finish_reason="length" if text.startswith("#") else "stop",
-            policy_version=self.policy_version,
-        )
-
-    def load_weights(self, weights, policy_version):
-        self.loaded.append({name: tensor.clone() for name, tensor in weights})
-        self.policy_version = policy_version
-
-
-class RecordingLearner(Learner):
-    """Keeps the losses it is given, and weights and gradient of each update before it is done."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.losses = []
-        self.updates = []
-
-    def forward_backward(self, batch, distribution, loss):
-        value = super().forward_backward(batch, distribution, loss)
-        self.losses.append((len(self.updates), batch, loss))
-        return value
-
-    def optim_step(self):
-        named = self.model.named_parameters()
-        gradients = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
-        self.updates.append((weights_of(self), gradients))
-        return super().optim_step()
-
-
 def weights_of(learner):
     return {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
 
@@ -240,26 +114,7 @@ def same_weights(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-SCRIPT = {"e0": ["1", "0", "0"], "e1": ["0", "0.5", "1"], "e2": ["0", "1", "1"], "e3": ["1", "0", "#1"]}
 NO_SIGNAL_SCRIPT = {"e0": ["1", "1", "1"], "e1": ["0", "0", "0"], "e2": ["0", "0", "#0"], "e3": ["x", "x", "1"]}
-
-
-@pytest.fixture
-def make_stage(make_model, chat, distribution, rewards):
-    def make(script=SCRIPT, *, learning_rate=1e-3, token_budget=4096, **changes):
-        learner_config = LearnerConfig(learning_rate=learning_rate, token_budget=token_budget, max_grad_norm=1e6)
-        learner = RecordingLearner(make_model(), config=learner_config, num_steps=10)
-        return RlStage(
-            rl_config(**changes),
-            learner=learner,
-            sampler=ScriptedSampler(script),
-            rewards=rewards,
-            chat=chat,
-            distribution=distribution,
-            seed=11,
-        )
-
-    return make
 
 
 def no_interrupt():
@@ -274,24 +129,25 @@ def stop():
     raise StopError
 
 
-def test_an_interrupt_after_the_rollouts_changes_nothing(make_stage):
+def test_an_interrupt_after_the_rollouts_changes_nothing(make_stage, examples):
     stage = make_stage()
     before = weights_of(stage.learner)
     with pytest.raises(StopError):
-        stage.step(0, examples(), stop)
+        stage.step(0, examples, stop)
     assert len(stage.sampler.requests) == 4
     assert same_weights(before, weights_of(stage.learner))
     assert (stage.learner.policy_version, stage.sampler.loaded, stage.learner.losses) == (0, [], [])
 
 
-def test_without_signal_the_metrics_say_why(make_stage):
+def test_without_signal_the_metrics_say_why(make_stage, examples):
     stage = make_stage(NO_SIGNAL_SCRIPT, num_mini_batches=2)
     before = weights_of(stage.learner)
-    result = stage.step(0, examples(), no_interrupt)
+    result = stage.step(0, examples, no_interrupt)
     assert same_weights(before, weights_of(stage.learner))
     untimed = {name: value for name, value in result.metrics.items() if not name.startswith("time/")}
     assert untimed == {
         "skipped_updates": 2.0,
+        "sampled_tokens": 36.0,
         "groups_without_signal": 3.0,
         "dropped_groups": 1.0,
         "reward": 4 / 10,
@@ -308,39 +164,39 @@ def test_without_signal_the_metrics_say_why(make_stage):
 
 
 @pytest.mark.parametrize("num_mini_batches", [1, 2, 4])
-def test_a_step_without_signal_skips_every_update_even_after_others(make_stage, num_mini_batches):
+def test_a_step_without_signal_skips_every_update_even_after_others(make_stage, num_mini_batches, examples):
     stage = make_stage(num_mini_batches=num_mini_batches)
-    stage.step(0, examples(), no_interrupt)  # now the optimizer has momentum, which alone would move the weights
+    stage.step(0, examples, no_interrupt)  # now the optimizer has momentum, which alone would move the weights
     assert stage.learner.policy_version == num_mini_batches
     before = weights_of(stage.learner)
     stage.sampler.script = NO_SIGNAL_SCRIPT
-    metrics = stage.step(1, examples(), no_interrupt).metrics
+    metrics = stage.step(1, examples, no_interrupt).metrics
     assert metrics["skipped_updates"] == num_mini_batches
     assert same_weights(before, weights_of(stage.learner))
     assert stage.learner.policy_version == stage.sampler.policy_version == num_mini_batches
 
 
-def test_a_mini_batch_without_signal_is_skipped_alone(make_stage):
-    script = {"e0": ["1", "1", "1"], "e1": ["0", "0", "0"], "e2": SCRIPT["e2"], "e3": SCRIPT["e3"]}
+def test_a_mini_batch_without_signal_is_skipped_alone(make_stage, examples):
+    script = {"e0": ["1", "1", "1"], "e1": ["0", "0", "0"], "e2": ["0", "1", "1"], "e3": ["1", "0", "#1"]}
     stage = make_stage(script, num_mini_batches=2)
-    metrics = stage.step(0, examples(), no_interrupt).metrics
+    metrics = stage.step(0, examples, no_interrupt).metrics
     assert (metrics["skipped_updates"], stage.learner.policy_version) == (1.0, 1)
     # Nothing has moved before this update, so its old policy is the policy itself, up to the order of additions.
     assert metrics["gate_mean_pos"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_requests_ask_for_groups_with_seeds_of_their_own(make_stage):
+def test_requests_ask_for_groups_with_seeds_of_their_own(make_stage, examples):
     stage = make_stage()
-    stage.step(7, examples(), no_interrupt)
+    stage.step(7, examples, no_interrupt)
     assert [(r.place, r.num_rollouts, r.temperature, r.seed) for r in stage.sampler.requests] == [
-        (name, 3, TEMPERATURE, request_seed(11, "rollout", 7, name)) for name in SCRIPT
+        (name, 3, 0.7, request_seed(11, "rollout", 7, name)) for name in ("e0", "e1", "e2", "e3")
     ]
 
 
-def test_mini_batches_are_equal_parts_in_the_order_of_the_groups(make_stage, chat):
+def test_mini_batches_are_equal_parts_in_the_order_of_the_groups(make_stage, chat, examples):
     stage = make_stage(num_mini_batches=2)
-    stage.step(0, examples(), no_interrupt)
-    prompts = [chat.encode_prompt(example.messages).token_ids for example in examples()]
+    stage.step(0, examples, no_interrupt)
+    prompts = [chat.encode_prompt(example.messages).token_ids for example in examples]
     found = {}
     for update, batch, _ in stage.learner.losses:
         for sequence in batch.sequences:
@@ -352,9 +208,9 @@ def test_mini_batches_are_equal_parts_in_the_order_of_the_groups(make_stage, cha
 
 
 @pytest.mark.parametrize("token_budget", [4096, 64])
-def test_the_first_mini_batch_is_on_policy_exactly_and_later_ones_are_not(make_stage, token_budget):
+def test_the_first_mini_batch_is_on_policy_exactly_and_later_ones_are_not(make_stage, token_budget, examples):
     stage = make_stage(num_mini_batches=2, token_budget=token_budget)
-    metrics = stage.step(0, examples(), no_interrupt).metrics
+    metrics = stage.step(0, examples, no_interrupt).metrics
     counts = {0: 0, 1: 0}
     for update, _, loss in stage.learner.losses:
         (seen,) = loss.seen
@@ -368,15 +224,15 @@ def test_the_first_mini_batch_is_on_policy_exactly_and_later_ones_are_not(make_s
     assert metrics["gate_mean_pos"] < 1.0
 
 
-def test_one_mini_batch_is_on_policy_throughout(make_stage):
-    metrics = make_stage(num_mini_batches=1).step(0, examples(), no_interrupt).metrics
+def test_one_mini_batch_is_on_policy_throughout(make_stage, examples):
+    metrics = make_stage(num_mini_batches=1).step(0, examples, no_interrupt).metrics
     assert {metrics[name] for name in ("gate_mean_pos", "gate_mean_neg", "gate_p01_pos", "ratio_p99_pos", "ratio_p01_neg")} == {1.0}
     assert metrics["old_kl_k3"] == metrics["ratio_beyond_2_frac"] == 0.0
 
 
-def test_the_metrics_of_a_step(make_stage):
+def test_the_metrics_of_a_step(make_stage, examples):
     stage = make_stage(num_mini_batches=2)
-    result = stage.step(0, examples(), no_interrupt)
+    result = stage.step(0, examples, no_interrupt)
     measured = result.metrics
     assert set(measured) >= {
         "grad_norm", "learning_rate", "skipped_updates", "entropy", "trained_tokens", "unique_tokens", "recomputed_tokens",
@@ -391,13 +247,13 @@ def test_the_metrics_of_a_step(make_stage):
     assert measured["reward"] == pytest.approx((1 + 1.5 + 2 + 2) / 12)
     assert measured["truncated_frac"] == 1 / 12
     assert measured["solved_none_frac"] == measured["solved_all_frac"] == 0.0
-    assert [group.example.id for group in result.scored_groups] == list(SCRIPT)
+    assert [group.example.id for group in result.scored_groups] == ["e0", "e1", "e2", "e3"]
     assert 0.0 < measured["entropy"] <= math.log(448)
 
 
-def test_the_engine_gets_the_weights_after_the_last_update(make_stage):
+def test_the_engine_gets_the_weights_after_the_last_update(make_stage, examples):
     stage = make_stage(num_mini_batches=2)
-    stage.step(0, examples(), no_interrupt)
+    stage.step(0, examples, no_interrupt)
     (published,) = stage.sampler.loaded
     assert stage.sampler.policy_version == stage.learner.policy_version == 2
     after = weights_of(stage.learner)
@@ -406,17 +262,6 @@ def test_the_engine_gets_the_weights_after_the_last_update(make_stage):
 
 
 # ---------------------------------------------------------------- against transformers, one response at a time
-
-
-def alone(model, processor, chat, distribution, sequence):
-    """Returns the log-probs of the trained tokens of one response, without packing or sharing."""
-    ids = torch.tensor(sequence.token_ids)[None]
-    images = [part.image for part in sequence.media]
-    inputs = processor.image_processor(images=images, return_tensors="pt") if images else {}
-    logits = model(input_ids=ids, mm_token_type_ids=(ids == chat.image_token_id).int(), use_cache=False, **inputs).logits[0]
-    logits = (logits / distribution.temperature).masked_fill(~distribution.allowed, -torch.inf)
-    trained = torch.tensor(sequence.trained)
-    return logits[:-1][trained[1:]].log_softmax(dim=-1).gather(-1, ids[0, trained][:, None])[:, 0]
 
 
 def clipped(ratio, advantage, low, high):
@@ -440,12 +285,10 @@ LOSSES = [{"name": "sapo"}, {"name": "grpo"}, {"name": "gspo", "clip_low": 0.1, 
 
 @pytest.mark.parametrize("policy_loss", LOSSES, ids=lambda loss: loss["name"])
 @pytest.mark.parametrize("num_mini_batches", [1, 2])
-def test_every_update_has_the_gradient_of_the_formula(
-    make_stage, plain_model, processor, chat, distribution, policy_loss, num_mini_batches
-):
+def test_every_update_has_the_gradient_of_the_formula(make_stage, plain_model, alone, policy_loss, num_mini_batches, examples):
     cap, group_size = 1.5, 3
     stage = make_stage(num_mini_batches=num_mini_batches, policy_loss=policy_loss, importance_cap=cap)
-    result = stage.step(0, examples(), no_interrupt)
+    result = stage.step(0, examples, no_interrupt)
     assert all(math.isfinite(value) for value in result.metrics.values())
     assert len(stage.learner.updates) == num_mini_batches
     size = 4 // num_mini_batches
@@ -461,9 +304,9 @@ def test_every_update_has_the_gradient_of_the_formula(
                 sequence = policy_families([group], stage.config)[0][group.judged.index(judged)].sequence
                 with torch.no_grad():
                     plain_model.load_state_dict(start_weights, strict=False)
-                    old = alone(plain_model, processor, chat, distribution, sequence)
+                    old = alone(plain_model, sequence)
                 plain_model.load_state_dict(weights, strict=False)
-                logprobs = alone(plain_model, processor, chat, distribution, sequence)
+                logprobs = alone(plain_model, sequence)
                 drawn = torch.tensor([p for p, s in zip(judged.rollout.sampler_logprobs, judged.rollout.sampled, strict=True) if s])
                 correction = (old - drawn).exp().clamp(max=cap)
                 num_capped += int((correction == cap).sum())

@@ -54,9 +54,9 @@ class RecordingLearner(Learner):
         self.gradients = []
         self.num_micro_batches = 0
 
-    def forward_backward(self, batch, distribution, loss):
+    def forward_backward(self, batch, distribution, loss, **options):
         self.num_micro_batches += 1
-        return super().forward_backward(batch, distribution, loss)
+        return super().forward_backward(batch, distribution, loss, **options)
 
     def optim_step(self):
         named = self.model.named_parameters()
@@ -159,7 +159,16 @@ def test_the_weightings_differ(make_stage):
 def test_a_step_says_what_it_did(make_stage):
     stage = make_stage()
     metrics = stage.step(rows())
-    names = {"loss", "grad_norm", "learning_rate", "trained_tokens", "unique_tokens", "time/step_s", "time/tokens_per_s"}
+    names = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "trained_tokens",
+        "unique_tokens",
+        "time/step_s",
+        "time/tokens_per_s",
+        "nonfinite_updates",
+    }
     assert set(metrics) == names
     assert all(math.isfinite(value) and value > 0 for value in metrics.values())
     assert metrics["unique_tokens"] == sum(len(supervised_sequence(row, stage.chat).token_ids) for row in rows())

@@ -1,0 +1,60 @@
+"""The reference policy of a KL term: what the policy was at the start, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .config import LearnerConfig
+from .layout import is_sharded, shard
+from .lora import adapter_off
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceStates:
+    """What the reference says of a batch's targets; no gradients."""
+
+    logprobs: Tensor
+    """[N] nats, fp32, of the targets"""
+    hidden: Tensor
+    """[N, H] the states that predict them"""
+    head: Tensor | None
+    """[V, H]; None: the policy's own, which an adapter leaves as it is"""
+
+
+class AdapterOff:
+    """The reference of a policy that trains an adapter: the same model without it. Costs no memory."""
+
+    def __init__(self, model: PreTrainedModel, policy: Callable[..., object]) -> None:
+        self.model = model
+        self.policy = policy
+
+    def run(self, compute: Callable[[PreTrainedModel], Result]) -> Result:
+        """Returns `compute(model)` with the adapter off, without gradients."""
+        with torch.no_grad(), adapter_off(self.model):
+            return self.policy(compute)  # pyright: ignore[reportReturnType]
+
+
+class FrozenCopy:
+    """The reference of a policy that trains its own weights: a second model, sharded as the policy is."""
+
+    def __init__(self, policy: nn.Module, *, config: LearnerConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
+        self.accelerator = accelerator
+        self.policy = policy.requires_grad_(False).eval()
+        if is_sharded(config.layout):
+            shard(self.policy, accelerator, dtype)
+        else:
+            self.policy.to(accelerator.device, dtype)
+
+    def run(self, compute: Callable[[PreTrainedModel], Result]) -> Result:
+        """Returns `compute(model)`, without gradients."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.policy(compute)

@@ -1,0 +1,185 @@
+"""What `vlpost check` says of memory: an estimate per device for each training stage, and a refusal of what cannot fit. No torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..model.memory import (
+    GIB,
+    DeviceKind,
+    MemoryEstimate,
+    ModelShape,
+    compute_bytes_of,
+    count_parameters,
+    estimate_memory,
+    folder_shape,
+    hub_shape,
+    nano_shape,
+)
+from ..model.records import VlpostError
+from .load import LoadedRecipe
+from .schema import EvaluateRecipe, RlRecipe, SftRecipe
+
+IMAGE_FRAC = 0.5
+"""Share of the token budget that is taken to be images where the recipe does not say; refusals count none."""
+_SMI = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+_SMI_S = 5.0
+
+
+class MemoryShortageError(VlpostError):
+    """A stage that cannot fit the device it is checked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Devices:
+    """The devices of a run: `count` of one kind with `device_bytes` each."""
+
+    kind: DeviceKind
+    count: int
+    device_bytes: int
+
+
+def find_devices(*, count: int | None, device_gib: float | None) -> Devices:
+    """Returns the devices that the command line names, and where it does not, those of this machine.
+
+    A memory names GPUs of that size. Without one: this machine's GPUs by nvidia-smi, and where there are none its main memory, shared by
+    `count` processes.
+    """
+    if count is not None and count < 1:
+        raise VlpostError(f"--devices {count}: must be at least 1")
+    if device_gib is not None:
+        if not 0 < device_gib < float("inf"):
+            raise VlpostError(f"--device-memory {device_gib}: must be a number of GiB above 0")
+        return Devices(kind="cuda", count=count or 1, device_bytes=int(device_gib * GIB))
+    gpus = _gpu_bytes()
+    if gpus:
+        return Devices(kind="cuda", count=count or len(gpus), device_bytes=min(gpus))
+    return Devices(kind="cpu", count=count or 1, device_bytes=_main_bytes() // (count or 1))
+
+
+def _gpu_bytes() -> list[int]:
+    if shutil.which(_SMI[0]) is None:
+        return []
+    try:
+        said = subprocess.run(_SMI, capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # a tool without a driver: there is no GPU that torch could use
+        return []
+    return [int(line) * 2**20 for line in said.split() if line.isdigit()]
+
+
+def _main_bytes(path: Path = Path("/proc/meminfo")) -> int:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise VlpostError(f"{path}: this machine does not say how much memory it has; give --devices and --device-memory") from error
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
+
+
+def check_memory(loaded: LoadedRecipe, devices: Devices) -> Iterator[str]:
+    """Yields the estimate of each training stage.
+
+    Raises `MemoryShortageError` for a stage that does not fit even without images, with its largest terms and what to change.
+    """
+    stages = dict(loaded.stages)
+    for name, stage in loaded.stages:
+        if isinstance(stage, EvaluateRecipe):
+            continue
+        shape = _shape(stage, stages)
+        if shape is None:
+            yield f"{name}: memory: no estimate, the shape of {_start_model(stage, stages)} is not known; name a folder that holds it"
+            continue
+        estimate = _estimate(stage, shape, devices, image_frac=IMAGE_FRAC)
+        least = _estimate(stage, shape, devices, image_frac=0.0)
+        _refuse_if_short(name, stage, least, devices)
+        _refuse_if_engine_is_short(name, stage, shape, devices)
+        yield from _lines(name, stage, shape, estimate, devices)
+
+
+def _start_model(stage: SftRecipe | RlRecipe | EvaluateRecipe, stages: Mapping[str, SftRecipe | RlRecipe | EvaluateRecipe]) -> str:
+    while stage.model.stage is not None:
+        stage = stages[stage.model.stage]
+    return stage.model.path or "nano"
+
+
+def _shape(stage: SftRecipe | RlRecipe, stages: Mapping[str, SftRecipe | RlRecipe | EvaluateRecipe]) -> ModelShape | None:
+    source: SftRecipe | RlRecipe | EvaluateRecipe = stage
+    while source.model.stage is not None:
+        source = stages[source.model.stage]
+    if source.model.nano is not None:
+        return nano_shape(source.model.nano)
+    assert source.model.path is not None
+    folder = Path(source.model.path)
+    return folder_shape(folder) if folder.exists() else hub_shape(source.model.path)
+
+
+def _estimate(stage: SftRecipe | RlRecipe, shape: ModelShape, devices: Devices, *, image_frac: float) -> MemoryEstimate:
+    return estimate_memory(
+        shape,
+        stage.learner,
+        sampler=stage.sampler if _needs_engine(stage) else None,
+        world_size=devices.count,
+        device=devices.kind,
+        device_bytes=devices.device_bytes,
+        image_tokens=int(stage.learner.token_budget * image_frac),
+        has_reference=isinstance(stage, RlRecipe) and stage.rl.kl is not None,
+    )
+
+
+def _lines(name: str, stage: SftRecipe | RlRecipe, shape: ModelShape, estimate: MemoryEstimate, devices: Devices) -> Iterator[str]:
+    budget = stage.learner.token_budget
+    fits = "fits" if estimate.total <= devices.device_bytes else "does NOT fit with so many images, lower learner.token_budget if they come"
+    yield (
+        f"{name}: memory per device {_gib(estimate.total)} of {_gib(devices.device_bytes)} GiB ({devices.count} x {devices.kind}), {fits}; "
+        f"{count_parameters(shape).total / 1e9:.3g} B parameters, {budget} tokens a micro-batch, {int(budget * IMAGE_FRAC)} of them images"
+    )
+    yield f"{name}: memory " + ", ".join(f"{term} {_gib(count)}" for term, count in estimate.terms.items()) + " GiB"
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f}" if count >= GIB else f"{count / GIB:.2g}"
+
+
+def _refuse_if_short(name: str, stage: SftRecipe | RlRecipe, estimate: MemoryEstimate, devices: Devices) -> None:
+    if estimate.total <= devices.device_bytes:
+        return
+    largest = ", ".join(f"{term} {_gib(count)}" for term, count in estimate.largest())
+    raise MemoryShortageError(
+        f"{name}: needs {_gib(estimate.total)} GiB per device without any image, there are {_gib(devices.device_bytes)} "
+        f"({devices.count} x {devices.kind}); the largest terms are {largest} GiB; {'; '.join(_remedies(stage, devices))}"
+    )
+
+
+def _refuse_if_engine_is_short(name: str, stage: SftRecipe | RlRecipe, shape: ModelShape, devices: Devices) -> None:
+    """Raises where the engine, which every process has whole, gets less of a GPU than its weights take."""
+    if devices.kind != "cuda" or not _needs_engine(stage):
+        return
+    weights = compute_bytes_of(stage.learner, devices.kind) * count_parameters(shape).total
+    share = stage.sampler.gpu_memory_utilization
+    if weights >= share * devices.device_bytes:
+        raise MemoryShortageError(
+            f"{name}: sampler.gpu_memory_utilization = {share}: gives the engine {_gib(int(share * devices.device_bytes))} GiB a device, "
+            f"its weights take {_gib(weights)}; raise it, use larger devices or a smaller model"
+        )
+
+
+def _needs_engine(stage: SftRecipe | RlRecipe) -> bool:
+    return isinstance(stage, RlRecipe) or stage.validation is not None
+
+
+def _remedies(stage: SftRecipe | RlRecipe, devices: Devices) -> Iterator[str]:
+    """Yields what would make the stage smaller and is not done yet."""
+    learner = stage.learner
+    yield f"lower learner.token_budget = {learner.token_budget}"
+    if not learner.gradient_checkpointing:
+        yield "set learner.gradient_checkpointing: true"
+    if learner.lora is None:
+        yield "train an adapter with learner.lora"
+    if learner.layout == "ddp":
+        yield "set learner.layout: fsdp2, which shards what ddp copies"
+    if _needs_engine(stage):
+        yield "lower sampler.gpu_memory_utilization" if devices.kind == "cuda" else "lower sampler.kv_cache_gib"
+    yield f"or use more devices than {devices.count} (--devices)"
