@@ -23,7 +23,7 @@ MASTER_BYTES = 4
 """Trained weights, their gradients and each of AdamW's two moments are float32."""
 
 DeviceKind = Literal["cpu", "cuda"]
-RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 768 * 2**20, "cuda": 3 * 2**29}
+RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 2**30, "cuda": 3 * 2**29}
 """What a process takes beside the tensors counted here. cpu: interpreter, libraries and the buffers of their threads, measured. cuda:
 context, kernels, workspaces and the allocator's rounding, an assumption of 1.5 GiB that no GPU has confirmed."""
 

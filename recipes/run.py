@@ -23,10 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0 done, 1 refused with a message, 130 stopped by Ctrl-C and saved."""
     parsed = _parse(arguments)
     try:
-        return parsed.command(parsed)
+        status = parsed.command(parsed)
     except VlpostError as error:
         print(f"vlpost: {error}", file=sys.stderr)
-        return 1
+        status = 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Without tearing down: torch 2.13 joins a thread of the gloo group while it holds the interpreter's lock, which that thread may
+        # be waiting for to give back the tensors of the last collective. The process then never ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -64,7 +64,7 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
                 _draw(folder, log)
             console.print(f"stopped and saved; go on with: vlpost run {shlex.quote(str(loaded.path))} --resume")
             return EXIT_INTERRUPTED
-    ranks.wait()  # a rank that leaves early takes the others' connection with it
+    ranks.wait()  # a rank that leaves early takes the others' connections with it
     console.print(f"done: {folder} (metrics.jsonl, rollouts.jsonl, curves.png)")
     return 0
 

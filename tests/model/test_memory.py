@@ -408,13 +408,9 @@ THREAD_BYTES = 4 * 2**20
     ("name", "method", "settings", "budget", "side"),
     [
         ("s", "sft", {}, 2048, 0),
-        ("s", "sapo", {"gradient_checkpointing": True}, 2048, 512),
         ("m", "sapo", {}, 1024, 256),
-        ("m", "sft", {"gradient_checkpointing": True}, 4096, 0),
-        ("mid", "sft", {}, 512, 0),
         ("mid", "sft", {"gradient_checkpointing": True}, 1024, 0),
         ("mid", "sapo", {}, 512, 384),
-        ("mid", "sapo", {"gradient_checkpointing": True}, 640, 512),
         ("mid", "sft", {"freeze": ("vision", "merger")}, 512, 256),
         ("mid", "sft", {"lora": {"rank": 8}}, 512, 0),
     ],
