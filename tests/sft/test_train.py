@@ -170,6 +170,7 @@ def test_a_step_says_what_it_did(make_stage):
         "nonfinite_updates",
     }
     assert set(metrics) == names
+    assert metrics.pop("nonfinite_updates") == 0.0
     assert all(math.isfinite(value) and value > 0 for value in metrics.values())
     assert metrics["unique_tokens"] == sum(len(supervised_sequence(row, stage.chat).token_ids) for row in rows())
     assert stage.learner.policy_version == 1
