@@ -132,7 +132,8 @@ class VllmSampler:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        with learner_group_kept():
+            self._llm.llm_engine.engine_core.shutdown()
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[tuple[Rollout, ...]]:
         """Returns the rollouts of each request, in order; every response with the engine's own log-probs."""
@@ -282,6 +283,23 @@ def _engine_video(part: VideoPart) -> tuple[object, dict[str, object]]:
         "fps": meta.fps, "frames_indices": meta.frames_indices, "total_num_frames": meta.total_num_frames,
         "duration": len(part.frames) / part.fps, "video_backend": "frames", "do_sample_frames": False,
     }  # fmt: skip
+
+
+@contextmanager
+def learner_group_kept() -> Iterator[None]:
+    """Keeps the process group of several ranks: vllm 0.32 takes the default group down with an engine, whoever made it."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:  # noqa: ANN401
+        if group is not None:
+            destroy(group)
+
+    is_shared = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    torch.distributed.destroy_process_group = destroy_own if is_shared else destroy
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 def _adapter_options(adapter: EngineAdapter | None) -> dict[str, Any]:

@@ -41,7 +41,13 @@ def recipe(folder):
                 "rl": {"num_steps": 1, "prompts_per_step": 4, "group_size": 4, "kl": {"in": "loss", "estimator": "exact", "coef": 0.1}},
                 "learner": {"learning_rate": 1e-4, "token_budget": 256},
             },
-            "evaluate": {"method": "evaluate", "model": {"stage": "rl"}, "evaluate": {"num_examples": 5, "num_samples": 2}},
+            # Another engine than the stage before: closing the first one must not take the ranks' group with it.
+            "evaluate": {
+                "method": "evaluate",
+                "model": {"stage": "rl"},
+                "evaluate": {"num_examples": 5, "num_samples": 2},
+                "sampler": {"max_num_seqs": 16},
+            },
         },
     }
 
