@@ -21,13 +21,12 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import Linear as AdaptedLinear
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from .checkpoint import Saveable
 from .config import LoraConfig, Part
 from .experts import has_experts, to_hub_layout
-from .layout import full_tensor, shard_like
+from .layout import full_tensor, reshard, shard_like
 from .records import VlpostError
 
 _ADAPTER = "default"
@@ -111,7 +110,7 @@ def perturbed_adapter(model: nn.Module, *, seed: int, size: float = 0.1) -> Iter
     context, then publish again outside. The values are put back bit for bit, after an exception too. Of sharded weights give the wrapped
     module (`learner.policy`): after a forward the shards of its root must be in place before they can be changed.
     """
-    _reshard(model)
+    reshard(model)
     saved = [(layer, _factors(layer)[1].detach().clone()) for _, layer in adapted_layers(model)]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -122,15 +121,9 @@ def perturbed_adapter(model: nn.Module, *, seed: int, size: float = 0.1) -> Iter
             factor.data.mul_(size * full_tensor(weight.detach()).float().norm() / _delta(layer).norm())
         yield
     finally:
-        _reshard(model)
+        reshard(model)
         for layer, b in saved:
             _factors(layer)[1].data.copy_(b)
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

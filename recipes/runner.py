@@ -63,6 +63,7 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
             if ranks.is_first:
                 _draw(folder, log)
             console.print(f"stopped and saved; go on with: vlpost run {shlex.quote(str(loaded.path))} --resume")
+            ranks.wait()
             return EXIT_INTERRUPTED
     ranks.wait()  # a rank that leaves early takes the others' connections with it
     console.print(f"done: {folder} (metrics.jsonl, rollouts.jsonl, curves.png)")
