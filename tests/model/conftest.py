@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText
 from vlpost.model.chat import Chat
 from vlpost.model.loading import load_model, load_processor
 from vlpost.model.nano import build_nano
-from vlpost.model.records import ImagePart, VideoPart
+from vlpost.model.packing import weigh
+from vlpost.model.records import ImagePart, Message, TextPart, TrainSequence, VideoPart
 
 CORPUS = tuple(
     f"What is {number} + {number + 3}? The sum of the digits is {2 * number + 3}. How many digits are in the image? 图中有 {number} 个数字"
@@ -73,3 +74,44 @@ def make_video():
         return VideoPart.from_frames(frames, fps=fps, frame_indices=list(range(num_frames)))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def moe_folder(tmp_path_factory):
+    return build_nano(tmp_path_factory.mktemp("nano") / "moe", size="moe-s", corpus=CORPUS, seed=3, vocab_size=448)
+
+
+@pytest.fixture(scope="session")
+def moe_chat(moe_folder):
+    return Chat(load_processor(moe_folder))
+
+
+@pytest.fixture(scope="session")
+def make_moe(moe_folder):
+    """Returns a function that makes a fresh copy of the nano mixture, float32, with packed attention and sharper routers."""
+    loaded = load_model(moe_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in loaded.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter.mul_(10)  # random routers are nearly even: their balance loss has hardly a gradient
+    return lambda: copy.deepcopy(loaded)
+
+
+@pytest.fixture(scope="session")
+def moe_families(moe_chat, make_image):
+    """Three families of one step: a group about an image, of whose responses two begin alike; one text row; a group of short texts."""
+
+    def sequence(parts, response):
+        prompt = moe_chat.encode_prompt([Message(role="user", parts=parts)])
+        trained = (False,) * len(prompt.token_ids) + (True,) * len(response)
+        return TrainSequence(place="row", token_ids=prompt.token_ids + response, trained=trained, media=prompt.media, targets=None)
+
+    seen, text = (make_image(96, 64), TextPart(text="the sum?")), (TextPart(text="3 + 4?"),)
+    return weigh(
+        [
+            [sequence(seen, (5, 6, 7)), sequence(seen, (5, 6, 9, 2)), sequence(seen, (8,))],
+            [sequence(text, tuple(range(20, 60)))],
+            [sequence((TextPart(text="how many?"),), (number, number + 1)) for number in range(70, 74)],
+        ],
+        "token",
+    )

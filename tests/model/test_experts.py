@@ -1,6 +1,5 @@
 """Mixtures of experts: layouts on disk and in memory, recorded and replayed routing, the load-balancing loss of a whole step."""
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 from vlpost.model import nano
-from vlpost.model.chat import Chat
 from vlpost.model.checkpoint import export_model
 from vlpost.model.experts import (
     Routing,
@@ -26,53 +24,12 @@ from vlpost.model.experts import (
     router_balance_loss,
     to_hub_layout,
 )
-from vlpost.model.loading import hub_weights, load_model, load_processor
+from vlpost.model.loading import hub_weights, load_model
 from vlpost.model.packing import pack, weigh
 from vlpost.model.records import DataError, Message, TextPart, TrainSequence
 
 LAYERS, EXPERTS, CHOSEN = 4, 8, 2
 CORPUS = tuple(f"What is {number} + {number + 3}? The sum of the digits is {2 * number + 3}. 图中有几个数字" for number in range(30))
-
-
-@pytest.fixture(scope="module")
-def moe_folder(tmp_path_factory):
-    return nano.build_nano(tmp_path_factory.mktemp("nano") / "moe", size="moe-s", corpus=CORPUS, seed=3, vocab_size=448)
-
-
-@pytest.fixture(scope="module")
-def moe_chat(moe_folder):
-    return Chat(load_processor(moe_folder))
-
-
-@pytest.fixture(scope="module")
-def make_moe(moe_folder):
-    """Returns a function that makes a fresh copy of the nano mixture, float32, with packed attention and sharper routers."""
-    loaded = load_model(moe_folder, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in loaded.named_parameters():
-            if name.endswith("mlp.gate.weight"):
-                parameter.mul_(10)  # random routers are nearly even: their balance loss has hardly a gradient
-    return lambda: copy.deepcopy(loaded)
-
-
-@pytest.fixture(scope="module")
-def families(moe_chat, make_image):
-    """Three families of one step: a group about an image, of whose responses two begin alike; one text row; a group of short texts."""
-
-    def sequence(parts, response):
-        prompt = moe_chat.encode_prompt([Message(role="user", parts=parts)])
-        trained = (False,) * len(prompt.token_ids) + (True,) * len(response)
-        return TrainSequence(place="row", token_ids=prompt.token_ids + response, trained=trained, media=prompt.media, targets=None)
-
-    seen, text = (make_image(96, 64), TextPart(text="the sum?")), (TextPart(text="3 + 4?"),)
-    return weigh(
-        [
-            [sequence(seen, (5, 6, 7)), sequence(seen, (5, 6, 9, 2)), sequence(seen, (8,))],
-            [sequence(text, tuple(range(20, 60)))],
-            [sequence((TextPart(text="how many?"),), (number, number + 1)) for number in range(70, 74)],
-        ],
-        "token",
-    )
 
 
 def places(batch):
@@ -172,13 +129,13 @@ def test_to_hub_layout_twice_is_back_and_touches_experts_only():
     assert all(torch.equal(twice[name], weights[name]) for name in weights)
 
 
-def test_an_export_is_in_hub_layout_and_reloads_to_the_same_logits(tmp_path, make_moe, moe_chat, families):
+def test_an_export_is_in_hub_layout_and_reloads_to_the_same_logits(tmp_path, make_moe, moe_chat, moe_families):
     model = make_moe()
     exported = export_model(tmp_path / "export", model=model, processor=moe_chat.processor)
     saved = load_file(exported / "model.safetensors")
     assert saved["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (EXPERTS, 128, 192)
     again = load_model(exported, dtype=torch.float32)
-    batch = pack(families, media=moe_chat, token_budget=4096)[0]
+    batch = pack(moe_families, media=moe_chat, token_budget=4096)[0]
     with torch.no_grad():
         ours, theirs = (packed_logprobs(one, batch) for one in (model, again))
     assert torch.equal(ours, theirs)
@@ -229,8 +186,8 @@ def test_dense_models_have_no_experts(make_model, make_moe):
 # ---------------------------------------------------------------- recording
 
 
-def test_recorded_routing_is_what_transformers_reports(make_moe, moe_chat, families):
-    model, sequence = make_moe(), families[0][0].sequence
+def test_recorded_routing_is_what_transformers_reports(make_moe, moe_chat, moe_families):
+    model, sequence = make_moe(), moe_families[0][0].sequence
     model.set_attn_implementation({"text_config": "sdpa"})
     ids = torch.tensor(sequence.token_ids)[None]
     media = moe_chat.processed(sequence.media[0])
@@ -266,8 +223,8 @@ def balance_gradients(model, batch, *, inside):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_checkpointed_layers_are_recorded_once_and_carry_the_gradient(make_moe, moe_chat, families, inside):
-    batch = pack(families, media=moe_chat, token_budget=4096)[0]
+def test_checkpointed_layers_are_recorded_once_and_carry_the_gradient(make_moe, moe_chat, moe_families, inside):
+    batch = pack(moe_families, media=moe_chat, token_budget=4096)[0]
     plain, checkpointed = make_moe().train(), make_moe().train()
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     count, loss, expected = balance_gradients(plain, batch, inside=inside)
@@ -279,9 +236,9 @@ def test_checkpointed_layers_are_recorded_once_and_carry_the_gradient(make_moe, 
     assert largest_difference(found, expected) < 1e-6
 
 
-def test_each_forward_is_recorded_on_its_own_and_none_after_the_context(make_moe, moe_chat, families):
+def test_each_forward_is_recorded_on_its_own_and_none_after_the_context(make_moe, moe_chat, moe_families):
     model = make_moe()
-    batches = [pack([family], media=moe_chat, token_budget=4096)[0] for family in families]
+    batches = [pack([family], media=moe_chat, token_budget=4096)[0] for family in moe_families]
     with record_routing(model) as recorded, torch.no_grad():
         for batch in batches:
             packed_logprobs(model, batch)
@@ -357,10 +314,10 @@ def step_gradients(model, batches):
     return total, gradients(model)
 
 
-def test_one_micro_batch_three_and_single_rows_give_one_loss_and_one_gradient(make_moe, moe_chat, families):
+def test_one_micro_batch_three_and_single_rows_give_one_loss_and_one_gradient(make_moe, moe_chat, moe_families):
     model = make_moe().train()
-    single_rows = [[[weighted]] for family in families for weighted in family]
-    cuts = [[families], [[family] for family in families], single_rows]
+    single_rows = [[[weighted]] for family in moe_families for weighted in family]
+    cuts = [[moe_families], [[family] for family in moe_families], single_rows]
     found = [step_gradients(model, [pack(part, media=moe_chat, token_budget=4096)[0] for part in parts]) for parts in cuts]
     assert [len(parts) for parts in cuts] == [1, 3, 8]
     (loss, expected), *others = found
@@ -368,16 +325,16 @@ def test_one_micro_batch_three_and_single_rows_give_one_loss_and_one_gradient(ma
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert largest_difference(other, expected) < 1e-5
     # The mean of each micro-batch's own loss is what most trainers take; here it is something else.
-    own = [step_gradients(model, [pack([family], media=moe_chat, token_budget=4096)[0]])[0] for family in families]
+    own = [step_gradients(model, [pack([family], media=moe_chat, token_budget=4096)[0]])[0] for family in moe_families]
     assert abs(sum(own) / 3 - loss) > 1e-3
 
 
 # ---------------------------------------------------------------- replay
 
 
-def test_packed_rows_equal_single_rows_when_the_routing_is_held(make_moe, moe_chat, families):
+def test_packed_rows_equal_single_rows_when_the_routing_is_held(make_moe, moe_chat, moe_families):
     model = make_moe().train()
-    batch = pack(families, media=moe_chat, token_budget=4096)[0]
+    batch = pack(moe_families, media=moe_chat, token_budget=4096)[0]
     with record_routing(model) as recorded:
         packed = packed_logprobs(model, batch)
     (batch.token_weights * -packed).sum().backward()

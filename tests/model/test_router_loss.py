@@ -1,58 +1,14 @@
 """The router balance loss through the learner: of the whole step, however it is cut."""
 
-import copy
-
 import pytest
 import torch
-from vlpost.model.chat import Chat
 from vlpost.model.config import LearnerConfig
 from vlpost.model.experts import count_routed, record_routing, router_balance_loss
 from vlpost.model.learner import FULL_DISTRIBUTION, Learner
-from vlpost.model.loading import load_model, load_processor
-from vlpost.model.nano import build_nano
-from vlpost.model.packing import pack, weigh
-from vlpost.model.records import Message, TextPart, TrainSequence, VlpostError
+from vlpost.model.packing import pack
+from vlpost.model.records import VlpostError
 
 CORPUS = tuple(f"What is {number} + {number + 3}? The sum is {2 * number + 3}. 图中有 {number} 个数字" for number in range(30))
-
-
-@pytest.fixture(scope="module")
-def moe_folder(tmp_path_factory):
-    return build_nano(tmp_path_factory.mktemp("nano") / "moe", size="moe-s", corpus=CORPUS, seed=3, vocab_size=448)
-
-
-@pytest.fixture(scope="module")
-def moe_chat(moe_folder):
-    return Chat(load_processor(moe_folder))
-
-
-@pytest.fixture(scope="module")
-def make_moe(moe_folder):
-    loaded = load_model(moe_folder, dtype=torch.float32)
-    for name, parameter in loaded.named_parameters():
-        if name.endswith("mlp.gate.weight"):
-            parameter.data.mul_(10)  # random routers are nearly even: their balance loss has hardly a gradient
-    return lambda: copy.deepcopy(loaded)
-
-
-@pytest.fixture(scope="module")
-def families(moe_chat, make_image):
-    """A group about an image, a text row, a group of short texts."""
-
-    def sequence(parts, response):
-        prompt = moe_chat.encode_prompt([Message(role="user", parts=parts)])
-        trained = (False,) * len(prompt.token_ids) + (True,) * len(response)
-        return TrainSequence(place="row", token_ids=prompt.token_ids + response, trained=trained, media=prompt.media, targets=None)
-
-    seen, text = (make_image(96, 64), TextPart(text="the sum?")), (TextPart(text="3 + 4?"),)
-    return weigh(
-        [
-            [sequence(seen, (5, 6, 7)), sequence(seen, (5, 6, 9, 2)), sequence(seen, (8,))],
-            [sequence(text, tuple(range(20, 60)))],
-            [sequence((TextPart(text="how many?"),), (number, number + 1)) for number in range(70, 74)],
-        ],
-        "token",
-    )
 
 
 class RecordingLearner(Learner):
@@ -76,8 +32,11 @@ def update(make_moe, batches, coef, *, token_loss=lambda outputs: -outputs.logpr
     return learner, {name: metric.value for name, metric in measured.items()}
 
 
-def cuts(families, chat):
-    return [[pack(part, media=chat, token_budget=4096)[0] for part in parts] for parts in ([families], [[family] for family in families])]
+def cuts(moe_families, chat):
+    return [
+        [pack(part, media=chat, token_budget=4096)[0] for part in parts]
+        for parts in ([moe_families], [[family] for family in moe_families])
+    ]
 
 
 def assert_same(found, expected):
@@ -89,8 +48,8 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_micro_batch_and_three_give_one_gradient_and_the_loss_of_the_step(make_moe, moe_chat, families, checkpointing):
-    one, three = cuts(families, moe_chat)
+def test_one_micro_batch_and_three_give_one_gradient_and_the_loss_of_the_step(make_moe, moe_chat, moe_families, checkpointing):
+    one, three = cuts(moe_families, moe_chat)
     assert (len(one), len(three)) == (1, 3)
     whole, measured = update(make_moe, one, 0.5, gradient_checkpointing=checkpointing)
     cut, measured_cut = update(make_moe, three, 0.5, gradient_checkpointing=checkpointing)
@@ -99,8 +58,8 @@ def test_one_micro_batch_and_three_give_one_gradient_and_the_loss_of_the_step(ma
     assert (whole.passes, cut.passes) == (1, 3)
 
 
-def test_the_gradient_and_the_metric_are_those_of_the_formula(make_moe, moe_chat, families):
-    (batch,), three = cuts(families, moe_chat)
+def test_the_gradient_and_the_metric_are_those_of_the_formula(make_moe, moe_chat, moe_families):
+    (batch,), three = cuts(moe_families, moe_chat)
     learner, measured = update(make_moe, three, 0.5, token_loss=lambda outputs: 0.0 * outputs.logprobs)
     model = make_moe().train()
     reader = Learner(model, config=LearnerConfig(learning_rate=1.0), num_steps=1)
@@ -117,16 +76,16 @@ def test_the_gradient_and_the_metric_are_those_of_the_formula(make_moe, moe_chat
     assert_same(learner.found, expected)
 
 
-def test_the_loss_metric_is_without_the_router_loss(make_moe, moe_chat, families):
-    one, _ = cuts(families, moe_chat)
+def test_the_loss_metric_is_without_the_router_loss(make_moe, moe_chat, moe_families):
+    one, _ = cuts(moe_families, moe_chat)
     with_loss, without = update(make_moe, one, 0.5), update(make_moe, one, 0.0)
     assert with_loss[1]["loss"] == pytest.approx(without[1]["loss"], rel=1e-6)
     name = "model.language_model.layers.0.mlp.gate.weight"
     assert (with_loss[0].found[name] - without[0].found[name]).norm() > 1e-3 * without[0].found[name].norm()
 
 
-def test_off_there_is_no_counting_pass_and_no_metric(make_moe, moe_chat, families):
-    _, three = cuts(families, moe_chat)
+def test_off_there_is_no_counting_pass_and_no_metric(make_moe, moe_chat, moe_families):
+    _, three = cuts(moe_families, moe_chat)
     learner, measured = update(make_moe, three, 0.0)
     assert learner.passes == 0
     assert "router_loss" not in measured
