@@ -277,20 +277,24 @@ class _Assembly(Generic[Targets]):
     def add_tree(self, tree: _Tree[Targets]) -> list[list[int]]:
         """Adds the tree's unique tokens; returns, for each member, where each of its tokens stands."""
         place: list[list[int]] = [[] for _ in tree.members]
-        positions = {}
         base = len(self.segments)
         for node in tree.nodes:
             sequence = tree.members[node.owner].sequence
-            if node.owner not in positions:
-                positions[node.owner] = self.media.positions(sequence.token_ids, sequence.media)
+            token_ids = sequence.token_ids[node.start : node.end]
             start = len(self.token_ids)
-            self.token_ids += sequence.token_ids[node.start : node.end]
-            self.token_copies += [len(node.members)] * (node.end - node.start)
-            self.positions.append(positions[node.owner][:, node.start : node.end])
+            self.token_ids += token_ids
+            self.token_copies += [len(node.members)] * len(token_ids)
+            has_media = self.media.image_token_id in token_ids or self.media.video_token_id in token_ids
+            if has_media or node.parent < 0:
+                self.positions.append(self.media.positions(sequence.token_ids, sequence.media)[:, node.start : node.end])
+            else:  # text counts on from the largest position before it, which its parent holds
+                after = int(self.positions[base + node.parent].max()) + 1
+                self.positions.append(torch.arange(after, after + len(token_ids)).expand(3, -1))
             self.segments.append(Segment(start=start, end=len(self.token_ids), parent=base + node.parent if node.parent >= 0 else -1))
             for member in node.members:
                 place[member] += range(start, len(self.token_ids))
-            self._add_media(sequence, node)
+            if has_media:
+                self._add_media(sequence, node)
         return place
 
     def _add_media(self, sequence: TrainSequence[Targets], node: _Node) -> None:
