@@ -149,10 +149,13 @@ class Chat:
             raise DataError(f"the chat template does not write {header!r} before a response")
         return EncodedPrompt(token_ids=self._expand(compact, media), compact_ids=compact, media=media, suffix=suffix)
 
-    def encode_conversation(self, messages: Sequence[Message]) -> EncodedConversation:
+    def encode_conversation(self, messages: Sequence[Message]) -> tuple[EncodedConversation, ...]:
         """Returns ids and mask of a row whose assistant turns are targets, each with its end-of-turn token.
 
-        Prompt and response are tokenized apart, as they are when the policy writes, so the trained ids are those it would sample.
+        One conversation, or several where the template rewrites what stood before a later turn, as Thinking's drops earlier think blocks:
+        each then ends with the turns that it trains, after the history as the template writes it for them. What they begin with alike
+        is computed once when they are packed as a family. Prompt and response are tokenized apart, as they are when the policy writes,
+        so the trained ids are those it would sample.
         """
         if not any(message.role == "assistant" for message in messages):
             raise DataError("the row has no assistant message: nothing to train on")
@@ -161,39 +164,43 @@ class Chat:
                 f"message {len(messages) - 1}: the row ends with a {messages[-1].role} message, which nothing answers; "
                 "drop what follows the last assistant message"
             )
+        return tuple(self._encode_pieces(pieces, messages[:end]) for pieces, end in self._branches(messages))
+
+    def _encode_pieces(self, pieces: Sequence[tuple[str, bool]], messages: Sequence[Message]) -> EncodedConversation:
         token_ids: list[int] = []
         trained: list[bool] = []
-        media = [part for message in messages for part in message.media]
+        media = tuple(part for message in messages for part in message.media)
         unused = iter(media)
-        for text, is_response in self._pieces(messages):
+        for text, is_response in pieces:
             compact = self._tokenize(text)
             count = sum(token in (self.image_token_id, self.video_token_id) for token in compact)
             ids = self._expand(compact, [next(unused) for _ in range(count)])
             token_ids += ids
             trained += [is_response] * len(ids)
-        return EncodedConversation(token_ids=tuple(token_ids), trained=tuple(trained), media=tuple(media))
+        return EncodedConversation(token_ids=tuple(token_ids), trained=tuple(trained), media=media)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of sampled ids, special tokens left out."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
-        """Yields (text, is a response) pieces that join to the rendered conversation, less what follows the last end of turn."""
-        whole = self._render(messages, open_assistant=False)
-        done = 0
+    def _branches(self, messages: Sequence[Message]) -> Iterator[tuple[list[tuple[str, bool]], int]]:
+        """Yields the (text, is a response) pieces of each conversation to train, and the number of messages that it holds."""
+        pieces: list[tuple[str, bool]] = []
+        written, end = "", 0
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             prompt = self._render(messages[:index], open_assistant=True)
-            response = whole[len(prompt) : whole.index(_TURN_END, len(prompt)) + len(_TURN_END)] if whole.startswith(prompt) else None
-            if response is None:
-                raise DataError(
-                    f"message {index}: the chat template rewrites what stands before this turn (it drops earlier thinking); "
-                    "give one row a turn, each ending with its assistant message"
-                )
-            yield whole[done : len(prompt)], False
-            yield response, True
-            done = len(prompt) + len(response)
+            turn = self._render(messages[: index + 1], open_assistant=False)
+            if not turn.startswith(prompt):
+                raise DataError(f"message {index}: the chat template does not write this turn behind the prompt that it writes for it")
+            response = turn[len(prompt) : turn.index(_TURN_END, len(prompt)) + len(_TURN_END)]
+            if not prompt.startswith(written):
+                yield pieces, end
+                pieces, written = [], ""
+            pieces += [(prompt[len(written) :], False), (response, True)]
+            written, end = prompt + response, index + 1
+        yield pieces, end
 
     def _render(self, messages: Sequence[Message], *, open_assistant: bool) -> str:
         for message in messages:

@@ -46,18 +46,30 @@ class Weighted(Generic[Targets]):
 
 
 def weigh(
-    families: Sequence[Sequence[TrainSequence[Targets]]], weighting: TokenWeighting, *, over_ranks: Callable[[float], float] = float
+    families: Sequence[Sequence[TrainSequence[Targets]]],
+    weighting: TokenWeighting,
+    *,
+    unit: Literal["sequence", "family"] = "sequence",
+    over_ranks: Callable[[float], float] = float,
 ) -> list[list[Weighted[Targets]]]:
     """Returns the sequences of one optimizer step with token weights that sum to one over all trained tokens of all ranks.
 
-    With x trained tokens in a sequence, a token's weight is proportional to 1 (`token`), 1 / sqrt(x) (`sqrt`; InternVL2.5's square
-    averaging, arXiv:2412.05271) or 1 / x (`sequence`: mean over tokens, then over sequences). `over_ranks` adds up a number over ranks.
+    With x trained tokens in a unit, a token's weight is proportional to 1 (`token`), 1 / sqrt(x) (`sqrt`; InternVL2.5's square
+    averaging, arXiv:2412.05271) or 1 / x (`sequence`: mean over tokens, then over units). The unit is each sequence, or the whole family
+    where a family is one row of data. `over_ranks` adds up a number over ranks.
     """
     exponent = {"token": 0.0, "sqrt": 0.5, "sequence": 1.0}[weighting]
-    total = over_ranks(sum(s.num_trained_tokens ** (1.0 - exponent) for family in families for s in family if s.num_trained_tokens))
+    lengths = [[s.num_trained_tokens for s in family] for family in families]
+    if unit == "family":
+        lengths = [[sum(of_family)] * len(of_family) for of_family in lengths]
+    counted = [length for of_family in lengths for length in (of_family if unit == "sequence" else of_family[:1])]
+    total = over_ranks(sum(length ** (1.0 - exponent) for length in counted if length))
     if not total:
         raise ValueError("no sequence of the step has a trained token: its loss has no value; drop such rows")
-    return [[Weighted(sequence=s, token_weight=max(s.num_trained_tokens, 1) ** -exponent / total) for s in family] for family in families]
+    return [
+        [Weighted(sequence=s, token_weight=max(length, 1) ** -exponent / total) for s, length in zip(family, of_family, strict=True)]
+        for family, of_family in zip(families, lengths, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

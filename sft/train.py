@@ -32,18 +32,19 @@ class SftStage:
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
         """Does one optimizer update on the examples of all ranks and returns the step's metrics; `examples` are this rank's."""
         start = time.perf_counter()
-        families = [[self._sequence(example)] for example in examples]
-        weighted = weigh(families, self.config.weighting, over_ranks=self.learner.ranks.total)
+        families = [self._family(example) for example in examples]
+        weighted = weigh(families, self.config.weighting, unit="family", over_ranks=self.learner.ranks.total)
         batches = self.learner.fill(pack(weighted, media=self.chat, token_budget=self.learner.config.token_budget))
         update = self.learner.update(batches, FULL_DISTRIBUTION, [negative_logprobs] * len(batches))
         counts = [{"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))} for batch in batches]
         measured = self.learner.ranks.merge([update, *counts, {"time/step_s": maximum(time.perf_counter() - start)}])
         return {**measured, "time/tokens_per_s": measured["unique_tokens"] / measured["time/step_s"]}
 
-    def _sequence(self, example: Example) -> TrainSequence[NoTargets]:
-        sequence = supervised_sequence(example, self.chat)
-        check_fits(len(sequence.token_ids), limit=self.learner.config.token_budget, place=f"example {example.id}, learner.token_budget")
-        return sequence
+    def _family(self, example: Example) -> list[TrainSequence[NoTargets]]:
+        family = supervised_sequences(example, self.chat)
+        for sequence in family:
+            check_fits(len(sequence.token_ids), limit=self.learner.config.token_budget, place=f"example {example.id}, learner.token_budget")
+        return family
 
 
 def negative_logprobs(outputs: TokenLogprobs) -> Tensor:
@@ -51,10 +52,16 @@ def negative_logprobs(outputs: TokenLogprobs) -> Tensor:
     return -outputs.logprobs
 
 
-def supervised_sequence(example: Example, chat: Chat) -> TrainSequence[NoTargets]:
-    """Returns the row as a sequence whose targets are what the assistant wrote, end-of-turn tokens included."""
+def supervised_sequences(example: Example, chat: Chat) -> list[TrainSequence[NoTargets]]:
+    """Returns the row as sequences whose targets are what the assistant wrote, end-of-turn tokens included.
+
+    One sequence, or several where the template drops earlier thinking: see `Chat.encode_conversation`.
+    """
     try:
-        encoded = chat.encode_conversation(example.messages)
+        branches = chat.encode_conversation(example.messages)
     except DataError as error:
         raise DataError(f"example {example.id}: {error}") from error
-    return TrainSequence(place=example.id, token_ids=encoded.token_ids, trained=encoded.trained, media=encoded.media, targets=NoTargets())
+    return [
+        TrainSequence(place=example.id, token_ids=branch.token_ids, trained=branch.trained, media=branch.media, targets=NoTargets())
+        for branch in branches
+    ]

@@ -148,7 +148,7 @@ def test_the_mask_covers_every_assistant_turn_and_its_end(chat, make_image):
         turn("user", "图中有多少?", make_image(96, 64)),
         turn("assistant", "7 个"),
     ]
-    row = chat.encode_conversation(messages)
+    (row,) = chat.encode_conversation(messages)
     assert trained_texts(chat, row) == ["12 digits<|im_end|>", "7 个<|im_end|>"]
     assert [row.token_ids[index] == chat.end_of_turn_id for index, is_trained in enumerate(row.trained) if is_trained].count(True) == 2
     assert row.media == (messages[1].media + messages[3].media)
@@ -164,7 +164,7 @@ def test_a_row_begins_with_the_ids_of_its_prompt(chat, thinking_chat, make_image
     messages = [turn("user", make_image(), "the sum?"), turn("assistant", "<think>\n3 + 4\n</think>\n\n7")]
     for each in (chat, thinking_chat):
         prompt = each.encode_prompt(messages[:1])
-        row = each.encode_conversation(messages)
+        (row,) = each.encode_conversation(messages)
         assert row.token_ids[: len(prompt.token_ids)] == prompt.token_ids
         assert row.trained == (False,) * len(prompt.token_ids) + (True,) * (len(row.token_ids) - len(prompt.token_ids))
 
@@ -177,7 +177,7 @@ def test_a_row_begins_with_the_ids_of_its_prompt(chat, thinking_chat, make_image
     ],
 )
 def test_a_thinking_row_trains_what_follows_the_opened_think_block(thinking_chat, answer, response):
-    row = thinking_chat.encode_conversation([turn("user", "3 + 4?"), turn("assistant", answer)])
+    (row,) = thinking_chat.encode_conversation([turn("user", "3 + 4?"), turn("assistant", answer)])
     assert trained_texts(thinking_chat, row) == [response]
     assert (
         thinking_chat.tokenizer.decode(row.token_ids) == f"<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n<think>\n{response}"
@@ -186,16 +186,49 @@ def test_a_thinking_row_trains_what_follows_the_opened_think_block(thinking_chat
 
 def test_a_tool_turn_is_not_trained(chat, make_image):
     messages = [turn("user", "zoom"), turn("assistant", "call"), turn("tool", make_image(), "done"), turn("assistant", "7")]
-    row = chat.encode_conversation(messages)
+    (row,) = chat.encode_conversation(messages)
     assert trained_texts(chat, row) == ["call<|im_end|>", "7<|im_end|>"]
     assert row.token_ids.count(chat.image_token_id) == 4
+
+
+def test_a_row_whose_earlier_thinking_is_dropped_becomes_a_conversation_a_turn(thinking_chat, make_image):
+    messages = [
+        turn("user", make_image(), "1 + 2?"),
+        turn("assistant", "<think>\nadd\n</think>\n\n3"),
+        turn("user", make_image(96, 64), "3 + 4?"),
+        turn("assistant", "<think>\nadd again\n</think>\n\n7"),
+        turn("user", "and 5?"),
+        turn("assistant", "12"),
+    ]
+    rows = thinking_chat.encode_conversation(messages)
+    assert [trained_texts(thinking_chat, row) for row in rows] == [
+        ["add\n</think>\n\n3<|im_end|>"],
+        ["add again\n</think>\n\n7<|im_end|>"],
+        ["\n</think>\n\n12<|im_end|>"],
+    ]
+    for row, end in zip(rows, (1, 3, 5), strict=True):
+        prompt = thinking_chat.encode_prompt(messages[:end])
+        assert row.token_ids[: row.trained.index(True)] == prompt.token_ids, "each is asked what the policy would be asked"
+        assert row.media == prompt.media
+    assert "add" not in thinking_chat.tokenizer.decode(rows[2].token_ids)
+
+
+def test_steps_after_the_last_query_keep_their_thinking_and_one_conversation(thinking_chat, make_image):
+    messages = [
+        turn("user", "zoom"),
+        turn("assistant", "<think>\nlook\n</think>\n\ncall"),
+        turn("tool", make_image(), "done"),
+        turn("assistant", "<think>\na 7\n</think>\n\n7"),
+    ]
+    (row,) = thinking_chat.encode_conversation(messages)
+    assert trained_texts(thinking_chat, row) == ["look\n</think>\n\ncall<|im_end|>", "a 7\n</think>\n\n7<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["text", "several images", "video and images", "two turns"])
 def test_a_row_with_media_equals_the_processors_expansion(name, conversations, chat, hf_processor):
     messages = [*conversations[name], turn("assistant", "7")]
     whole = expected_ids(hf_processor, messages, open_assistant=False)
-    row = chat.encode_conversation(messages)
+    (row,) = chat.encode_conversation(messages)
     assert row.token_ids == whole[: len(row.token_ids)]
     assert chat.tokenizer.decode(whole[len(row.token_ids) :]) == "\n"
 
@@ -241,18 +274,6 @@ def test_a_row_without_an_assistant_turn_is_refused(chat):
 def test_what_follows_the_last_assistant_turn_is_refused(chat, make_image):
     with pytest.raises(DataError, match="message 2: the row ends with a user message, which nothing answers; drop what follows"):
         chat.encode_conversation([turn("user", "a"), turn("assistant", "b"), turn("user", make_image())])
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(thinking_chat):
-    messages = [
-        turn("user", "1 + 2?"),
-        turn("assistant", "<think>\nadd\n</think>\n\n3"),
-        turn("user", "3 + 4?"),
-        turn("assistant", "<think>\nadd\n</think>\n\n7"),
-    ]
-    with pytest.raises(DataError, match=r"message 1: the chat template rewrites .* give one row a turn"):
-        thinking_chat.encode_conversation(messages)
-    assert trained_texts(thinking_chat, thinking_chat.encode_conversation(messages[:2])) == ["add\n</think>\n\n3<|im_end|>"]
 
 
 class Shell:

@@ -263,6 +263,14 @@ def test_weights_written_out():
     assert weights("sequence") == pytest.approx([1 / 2, 1 / 8])
 
 
+def test_a_family_that_is_one_row_weighs_as_one():
+    family, alone = [plain_sequence(1, 3), plain_sequence(1, 6)], [plain_sequence(1, 9)]
+    for weighting in ("token", "sqrt", "sequence"):
+        of_family, of_alone = weigh([family, alone], weighting, unit="family")
+        assert {member.token_weight for member in of_family} == {of_alone[0].token_weight}
+        assert sum(m.token_weight * m.sequence.num_trained_tokens for m in (*of_family, *of_alone)) == pytest.approx(1.0)
+
+
 # ---------------------------------------------------------------- the tree, without a model
 
 

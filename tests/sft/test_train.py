@@ -16,7 +16,7 @@ from vlpost.model.loading import load_model, load_processor
 from vlpost.model.nano import build_nano
 from vlpost.model.records import DataError, Example, ImagePart, Message, TextPart
 from vlpost.sft.config import PlateauConfig, SftConfig
-from vlpost.sft.train import SftStage, supervised_sequence
+from vlpost.sft.train import SftStage, supervised_sequences
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_step_says_what_it_did(make_stage):
     assert set(metrics) == names
     assert metrics.pop("nonfinite_updates") == 0.0
     assert all(math.isfinite(value) and value > 0 for value in metrics.values())
-    assert metrics["unique_tokens"] == sum(len(supervised_sequence(row, stage.chat).token_ids) for row in rows())
+    assert metrics["unique_tokens"] == sum(len(s.token_ids) for row in rows() for s in supervised_sequences(row, stage.chat))
     assert stage.learner.policy_version == 1
 
 
@@ -184,7 +184,7 @@ def test_steps_learn(make_stage):
 
 
 def test_a_row_is_trained_on_what_the_assistant_wrote(chat):
-    sequence = supervised_sequence(rows()[2], chat)
+    (sequence,) = supervised_sequences(rows()[2], chat)
     written = chat.tokenizer.decode([token for token, trained in zip(sequence.token_ids, sequence.trained, strict=True) if trained])
     assert written == "7<|im_end|>Yes: 7.<|im_end|>"
     assert sequence.media == rows()[2].media
