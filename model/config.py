@@ -72,6 +72,8 @@ class LearnerConfig(Settings):
 
     learning_rate: float = Field(gt=0)
     """Peak, per optimizer step."""
+    part_learning_rates: dict[Part, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Peaks of parts that learn at another rate, e.g. {vision: 1e-6}; they follow the same schedule."""
     weight_decay: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -102,6 +104,13 @@ class LearnerConfig(Settings):
     def _something_is_trained(self) -> LearnerConfig:
         if set(self.freeze) == set(get_args(Part)):
             raise ValueError("learner.freeze names every part of the model: nothing is left to train")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_are_used(self) -> LearnerConfig:
+        unused = [part for part in self.part_learning_rates if part in self.freeze or (self.lora and part not in self.lora.parts)]
+        if unused:
+            raise ValueError(f"learner.part_learning_rates names {', '.join(unused)}, which is not trained: take it out")
         return self
 
     @model_validator(mode="after")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .config import LearnerConfig
+from .config import LearnerConfig, Part
 from .divergence import token_kl
 from .experts import Routing, count_routed, has_experts, record_routing, router_balance_loss
 from .layout import Ranks, build_accelerator, full_tensor, is_sharded, machine_dtype, reshard, shard, shard_like
-from .loading import freeze, hub_weights
+from .loading import freeze, hub_weights, part_of
 from .logprobs import token_logprobs
 from .lora import add_adapter
 from .metrics import Metric, maximum, total
@@ -140,9 +140,8 @@ class Learner:
             self.policy = policy
         else:
             self.policy = self.accelerator.prepare(policy)
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+            _groups_by_part(self.policy, config), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
         )
         self._reference: AdapterOff | FrozenCopy | None = None
         if reference is not None:
@@ -276,7 +275,7 @@ class Learner:
             return {"nonfinite_updates": 1.0}
         learning_rate = scheduled_learning_rate(self.config, self.policy_version, self.num_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["share"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.policy_version += 1
@@ -402,6 +401,16 @@ class Learner:
             step = self.ranks.gather([sequence.place for batch, _ in self._watched for sequence in batch.sequences])
             what = f"the gradient norm is {bad_norms[0]} though every loss is finite, on {_listed([p for part in step for p in part])}"
         return f"update {self.policy_version + 1} is dropped, weights are unchanged: {what}"
+
+
+def _groups_by_part(policy: nn.Module, config: LearnerConfig) -> list[dict[str, Any]]:
+    """Returns the optimizer's groups: the trained parameters of each part, with the part's share of `learning_rate`."""
+    groups: dict[Part, list[nn.Parameter]] = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(part_of(name), []).append(parameter)
+    peaks = {part: config.part_learning_rates.get(part, config.learning_rate) for part in groups}
+    return [{"params": groups[part], "lr": peak, "share": peak / config.learning_rate} for part, peak in peaks.items()]
 
 
 def _listed(places: Sequence[str]) -> str:

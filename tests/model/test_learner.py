@@ -298,3 +298,27 @@ def test_the_learning_rate_stays_at_its_end_and_bears_a_warm_up_as_long_as_the_r
     settings = LearnerConfig(learning_rate=1.0, warmup_steps=3, schedule="linear", final_learning_rate_frac=0.1)
     assert scheduled_learning_rate(settings, 100, 6) == pytest.approx(0.1)
     assert [scheduled_learning_rate(settings, step, 3) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
+def test_a_part_learns_at_its_own_rate(batches, make_model):
+    settings = config(part_learning_rates={"vision": 1e-4, "merger": 3e-3}, warmup_steps=2)
+    learner = Learner(make_model(), config=settings, num_steps=4)
+    before = weights(learner)
+    for _ in range(2):
+        for batch in batches:
+            learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs)
+        metrics = learner.optim_step()
+        moved = {"vision": 0.0, "merger": 0.0, "language": 0.0}
+        for name, value in weights(learner).items():
+            moved[part_of(name)] = max(moved[part_of(name)], (value - before[name]).abs().max().item())
+        before = weights(learner)
+        # Adam's first updates move a weight whose gradient does not change its sign by the rate itself.
+        factor = metrics["learning_rate"] / 1e-2
+        assert moved == pytest.approx({"vision": 1e-4 * factor, "merger": 3e-3 * factor, "language": 1e-2 * factor}, rel=0.05)
+
+
+def test_a_rate_for_a_part_that_is_not_trained_is_refused():
+    with pytest.raises(ValueError, match=r"part_learning_rates names vision, which is not trained: take it out"):
+        config(freeze=("vision",), part_learning_rates={"vision": 1e-4})
+    with pytest.raises(ValueError, match=r"part_learning_rates names merger, which is not trained"):
+        config(lora={"rank": 2}, part_learning_rates={"merger": 1e-4})
