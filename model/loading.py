@@ -16,6 +16,7 @@ from .config import Part
 from .experts import check_expert_layout, to_hub_layout
 from .layout import full_tensor
 from .lora import is_adapted, merged_weights
+from .normalisation import normalise_in_one_step
 from .records import DataError
 from .vision import embed_patches_by_product
 
@@ -48,6 +49,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
         )
     check_expert_layout(str(source), model)
     embed_patches_by_product(model.model)
+    normalise_in_one_step(model)
     model.set_attn_implementation({"text_config": PACKED_ATTENTION, "vision_config": "sdpa"})
     return model
 
