@@ -60,3 +60,4 @@ fi
 .venv/bin/python install/check_packages.py "--$machine"
 .venv/bin/python install/torchvision_hook.py
 printf '%s\n' "$key" >"$STAMP"
+command -v bwrap >/dev/null || echo "bubblewrap is not installed (apt-get install bubblewrap): programs that are judged then run in the Landlock jail" >&2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 GROUP_TOKENS = 64
 """Short segments in a row share one masked call of at most this many tokens on the CPU, where a call costs as much as 16 tokens."""
-PIECE_TOKENS = 512
+PIECE_TOKENS = 256
 """Longer causal calls are cut on the CPU: its flash kernel computes most of the half that the mask hides."""
 
 

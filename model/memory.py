@@ -276,18 +276,18 @@ def part_training(config: LearnerConfig) -> dict[Part, Training]:
 def layer_activations(shape: ModelShape, training: Training, *, compute_bytes: int, rank: int = 0) -> int:
     """Returns the bytes per token that autograd keeps of one language layer.
 
-    Norms keep their input and its root mean square in fp32, and the normalised values where their weight is trained; a linear layer its
-    input where it or its adapter is trained (one copy for all readers in fp32, one each under autocast); attention q, k, v, the output and
-    the log-sum-exp; the MLP gate, up and silu(gate).
+    Norms keep their input (fp32 where the embedding is, which is trained) and one number a row; a linear layer its input where it or its
+    adapter is trained (one copy for all readers in fp32, one each under autocast); attention q, k, v, the output and the log-sum-exp; the
+    MLP gate, up and silu(gate).
     """
     if training == "none":
         return 0
     c, is_whole = compute_bytes, training == "whole"
     saves_inputs = training != "passed"
     copies = (3, 2) if c < MASTER_BYTES else (1, 1)
-    norms = 2 * (4 * shape.hidden + 4) + (2 * 4 * shape.hidden if is_whole else 0)
+    norms = 2 * ((MASTER_BYTES if is_whole else c) * shape.hidden + 4)
     heads, kv_heads = shape.query_width, shape.kv_width
-    head_norms = 4 * (heads + kv_heads + shape.heads + shape.kv_heads) + (c * (heads + kv_heads) if is_whole else 0)
+    head_norms = c * (heads + kv_heads) + 4 * (shape.heads + shape.kv_heads)
     attention = c * (2 * heads + 2 * kv_heads) + 4 * shape.heads
     inputs = c * shape.hidden * copies[0] if saves_inputs else 0
     low_rank = c * rank * len(_language_linears(shape)) if training == "adapter" else 0
@@ -348,7 +348,7 @@ def saved_activations(shape: ModelShape, config: LearnerConfig, *, tokens: int, 
         layer = min(layer, shape.hidden * (MASTER_BYTES if training["language"] == "whole" else c))
         block = min(block, shape.vision_hidden * c)
     rotary = 2 * shape.head_dim * MASTER_BYTES
-    last_norm = 2 * MASTER_BYTES * shape.hidden + 4
+    last_norm = (MASTER_BYTES if training["language"] == "whole" else c) * shape.hidden + 4
     head = c * shape.hidden + 20
     patches = image_tokens * shape.merge
     vision = patches * shape.vision_depth * block
