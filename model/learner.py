@@ -409,8 +409,9 @@ def _groups_by_part(policy: nn.Module, config: LearnerConfig) -> list[dict[str, 
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(part_of(name), []).append(parameter)
-    peaks = {part: config.part_learning_rates.get(part, config.learning_rate) for part in groups}
-    return [{"params": groups[part], "lr": peak, "share": peak / config.learning_rate} for part, peak in peaks.items()]
+    base = config.learning_rate
+    peaks = [config.part_learning_rates.get(part, base) for part in groups]
+    return [{"params": params, "lr": peak, "share": peak / base} for params, peak in zip(groups.values(), peaks, strict=True)]
 
 
 def _listed(places: Sequence[str]) -> str:
