@@ -147,6 +147,12 @@ def _read_row(line: str, path: Path, number: int, source: str) -> Example:
         raise DataError(f"{place}: text with half of a surrogate pair ({error}); write the whole character") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON: {error}") from error
+    return parse_row(row, path, number, source)
+
+
+def parse_row(row: object, path: Path, number: int, source: str) -> Example:
+    """Returns the example of a row that has been read from a line; see `read_jsonl`. Raises `DataError` with file, line and what to do."""
+    place = f"{path}, line {number}"
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row is an object with {', '.join(_ROW_KEYS)}, this is {type(row).__name__}")
     unknown = sorted(set(row) - set(_ROW_KEYS))

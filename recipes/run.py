@@ -1,4 +1,4 @@
-"""The command line: `vlpost run | check | show | evaluate RECIPE [key=value ...]`."""
+"""The command line: `vlpost run | check | show | evaluate RECIPE [key=value ...]` and `vlpost rewards list | try | lint | attack`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..model.config import ENGINE_ENVIRONMENT
 from ..model.records import VlpostError
 from .example_stream import read_rows
 from .load import load_recipe
+from .reward_commands import add_commands, refuse_faults
 from .schema import EvaluateRecipe, JsonlData, RlRecipe, SftRecipe
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--devices", type=int, metavar="N", help="estimate memory for N devices instead of this machine's")
             sub.add_argument("--device-memory", type=float, metavar="GIB", help="estimate memory for GPUs of so many GiB each")
         sub.set_defaults(command=command, name=name)
+    add_commands(commands)
     return parser
 
 
@@ -94,10 +96,11 @@ def _check(parsed: argparse.Namespace) -> int:
     from .check_memory import check_memory, find_devices
 
     lines: list[str] = []
+    recipe_folder = parsed.recipe.resolve().parent
     for name, stage in loaded.stages:
-        manager = RewardManager(stage.rewards, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
+        manager = RewardManager(stage.rewards, recipe_folder=recipe_folder, allow_code=parsed.allow_code)
         lines += [f"{name}: reward {line}" for line in manager.describe()]
-        lines += [f"{name}: {line}" for line in _check_rows(stage, manager)]
+        lines += [f"{name}: {line}" for line in _check_rows(stage, manager, recipe_folder=recipe_folder, allow_code=parsed.allow_code)]
     lines += check_memory(loaded, find_devices(count=parsed.devices, device_gib=parsed.device_memory))
     _print_lines([*lines, f"{parsed.recipe}: fine"])
     if parsed.engine:
@@ -108,8 +111,12 @@ def _check(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _check_rows(stage: SftRecipe | RlRecipe | EvaluateRecipe, manager: RewardManager) -> Iterator[str]:
-    """Yields a line for each data file of the stage, every row of which has been read and its answer checked."""
+def _check_rows(
+    stage: SftRecipe | RlRecipe | EvaluateRecipe, manager: RewardManager, *, recipe_folder: Path, allow_code: bool
+) -> Iterator[str]:
+    """Yields a line for each data file of the stage, every row of which has been read, its answer checked, and the rewards tried on it."""
+    from ..rewards.lint import lint_rewards
+
     validation = None if isinstance(stage, EvaluateRecipe) else stage.validation
     for key, source, is_sft in (
         ("data", stage.data, isinstance(stage, SftRecipe)),
@@ -119,8 +126,9 @@ def _check_rows(stage: SftRecipe | RlRecipe | EvaluateRecipe, manager: RewardMan
             continue
         rows = read_rows(source, with_solution=is_sft)
         if not is_sft:
-            with manager:
-                manager.check_examples(rows)
+            manager.check_examples(rows)
+            report = lint_rewards(stage.rewards, rows, recipe_folder=recipe_folder, allow_code=allow_code)
+            refuse_faults(report, place=f"{key} {source.path}")
         yield f"{key} {source.path}: {len(rows)} rows"
 
 

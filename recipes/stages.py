@@ -82,7 +82,9 @@ def _build(
     num_steps = recipe.sft.num_steps if isinstance(recipe, SftRecipe) else recipe.rl.num_steps
     updates = num_steps if isinstance(recipe, SftRecipe) else num_steps * recipe.rl.num_mini_batches
     needs_engine = isinstance(recipe, RlRecipe) or recipe.validation is not None
-    rewards = stack.enter_context(RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code))
+    rewards = stack.enter_context(
+        RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code, cache_folder=recipe.output)
+    )
     for line in rewards.describe():
         log.say(f"{phase_of(recipe)}: reward {line}")
         log.event("reward", line=line)
@@ -304,7 +306,9 @@ def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOp
     examples = open_stream(recipe.data, seed=0, with_solution=False).examples(0, recipe.evaluate.num_examples)
     with (
         watchdog.phase("validation", place=phase_of(recipe), limit_s=limit_s(recipe.watchdog, "validation")),
-        RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code) as rewards,
+        RewardManager(
+            recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code, cache_folder=recipe.output
+        ) as rewards,
     ):
         rewards.check_examples(examples)
         measured = evaluate(examples, recipe.evaluate, sampler=sampler, rewards=rewards, chat=loaded.chat, ranks=ranks, seed=recipe.seed)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from ..model.config import Settings
-from ..model.records import VlpostError
+from ..model.records import Example, VlpostError
+from .judge_config import JudgeConfig
+from .sandbox_config import SandboxConfig
+
+CompletionForm: TypeAlias = Literal["conversational", "text"]
+"""How a function with trl's signature gets prompts and completions: as lists of messages, or as plain text."""
+Names: TypeAlias = Annotated[tuple[str, ...], Field(min_length=1)]
+Seconds: TypeAlias = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class RewardConfigError(VlpostError, ValueError):
@@ -18,17 +25,29 @@ class ComponentConfig(Settings):
     """One part of the reward: `ComponentConfig(use="count", weight=1.0, tasks=("count",))`."""
 
     use: Annotated[str, Field(min_length=1)]
-    """A built-in name (`math_answer`, `count`, `choice`, `exact`), `package.module:function` or `file.py:function`."""
+    """A built-in name (`vlpost rewards list`), the name of an installed entry point of group `vlpost.rewards`,
+    `package.module:function` or `file.py:function`."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor of the value in the sum; negative for a penalty, 0 for a component that is only logged."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function, checked against its annotations at start."""
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    tasks: Names | None = None
     """Values of `example.task` that it judges; none: all of them."""
+    sources: Names | None = None
+    """Values of `example.source` (the data set) that it judges; none: all of them. A row is judged when both keys match."""
+    timeout_s: Seconds | None = None
+    """Seconds of work that one judgement of this component may take; none: `rewards.timeout_s`."""
+    isolate: bool | None = None
+    """For a plug-in that is a plain function: run it in a killable process of its own, with a deadline (the default), or, when
+    false, in the trainer's process, where nothing can end it."""
+    max_memory_mib: Annotated[int, Field(ge=64)] | None = None
+    """For an isolated plug-in: resident memory of its process in MiB, above which the process is replaced; none: 4096."""
+    completions: CompletionForm | None = None
+    """For a function with trl's signature: the form of its prompts and completions; none: conversational."""
 
-    def judges(self, task: str) -> bool:
-        """True when the component judges examples of this task."""
-        return self.tasks is None or task in self.tasks
+    def judges(self, example: Example) -> bool:
+        """True when the component judges this example."""
+        return (self.tasks is None or example.task in self.tasks) and (self.sources is None or example.source in self.sources)
 
 
 class RewardsConfig(Settings):
@@ -42,6 +61,12 @@ class RewardsConfig(Settings):
     """Largest share of the rollouts of one scored batch that may be unavailable; above it the run stops."""
     num_workers: Annotated[int, Field(ge=1)] = 1
     """Killable worker processes for each reward that needs one."""
-    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 5.0
+    timeout_s: Seconds = 5.0
     """Seconds of work that one judgement may take in a worker process or in an async function; waiting for a free worker does
-    not count. A plain function runs in the trainer's own process and cannot be interrupted."""
+    not count. A function that judges a whole group has as many times this as the group has rollouts."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """The jail of components that run programs."""
+    judge: JudgeConfig | None = None
+    """The judge model's server, for components that use one."""
+    cache: bool = True
+    """Look up verdicts of rewards that say they are cacheable in a file of the output folder, and keep new ones there."""

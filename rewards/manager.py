@@ -1,182 +1,220 @@
 """The reward manager: rollouts in, scored groups out, with every way in which a reward function can fail in one place.
 
-For each rollout: `reward = sum over components of weight x value`, over the components that judge the example's task. A component that
-raises, hangs, or returns what is not a finite number leaves the rollout without a score. Judgements do not depend on the
-order of the rollouts or on their neighbours.
+For each rollout: `reward = sum over components of weight x value`, over the components that judge the example's task and source. A
+component that raises, hangs, or returns what is not a finite number leaves the rollout without a score. Components work at the
+same time; judgements do not depend on the order of the rollouts or on their neighbours.
 """
 
 from __future__ import annotations
 
-import asyncio
 import difflib
-import time
-import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from ..model.records import DataError, Example, Group, Rollout, VlpostError
-from .async_runner import AsyncRunner
-from .config import ComponentConfig, RewardConfigError, RewardsConfig
-from .registry import ResolvedReward, resolve
+from .cache import VerdictCache
+from .component import Answer, Component, OpenComponent, WorkerPools, bounded
+from .config import RewardConfigError, RewardsConfig
+from .plugin import required_columns, trl_columns
 from .result import JudgedRollout, RewardResult, RolloutScore, ScoredGroup, Unavailable, UnjudgedRollout
-from .worker import WorkerPool, WorkerRequest
 
-MAX_WEIGHTED_VALUE = 1e100
-"""A larger weight x value is no judgement; below it no sum can overflow."""
-MAX_REASON_CHARS = 1000
-
-Row = tuple[Example, Rollout]
-Verdict = RewardResult | Unavailable
+CACHE_FILE = "reward_cache.sqlite"
 
 
 class RewardUnavailableError(VlpostError):
     """Too many rollouts could not be judged, or one under `on_unavailable: stop`; names the components and their reasons."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Component:
-    name: str
-    config: ComponentConfig
-    reward: ResolvedReward
-
-
 class RewardManager:
-    """Judges groups with the components of a recipe; a context manager, since workers and an event loop may run for it.
+    """Judges groups with the components of a recipe; a context manager, since workers, services and event loops may run for it.
 
     Example: `with RewardManager(config, recipe_folder=folder, allow_code=False) as rewards: scored = rewards.score(groups)`.
-    The constructor resolves every function and checks its options (`RewardConfigError`); entering starts the workers
-    (`WorkerError`).
+    The constructor resolves every function and checks its options (`RewardConfigError`); entering starts processes and services
+    (`WorkerError`). With `cache_folder`, verdicts of cacheable rewards are kept in a file there (`rewards.cache: false` turns it off).
     """
 
-    def __init__(self, config: RewardsConfig, *, recipe_folder: Path | None, allow_code: bool) -> None:
+    def __init__(self, config: RewardsConfig, *, recipe_folder: Path | None, allow_code: bool, cache_folder: Path | None = None) -> None:
+        # Here and not above: the verifiers take a moment to load, and who only writes or tests a plug-in needs none of them.
+        from .registry import resolve
+
         self._config = config
-        self._components: list[_Component] = []
+        self._recipe_folder = recipe_folder
+        self._cache_folder = cache_folder if config.cache else None
+        self._components: list[Component] = []
         for name, component in config.components.items():
             try:
-                reward = resolve(component.use, component.options, recipe_folder=recipe_folder, allow_code=allow_code)
+                reward = resolve(
+                    component.use,
+                    component.options,
+                    recipe_folder=recipe_folder,
+                    allow_code=allow_code,
+                    completions=component.completions or "conversational",
+                )
+                self._components.append(Component(name=name, config=component, reward=reward))
             except RewardConfigError as error:
-                raise RewardConfigError(f"rewards.components.{name}: {error}") from error
-            self._components.append(_Component(name=name, config=component, reward=reward))
+                joint = "." if str(error).startswith("options.") else ": "
+                raise RewardConfigError(f"rewards.components.{name}{joint}{error}") from error
         self._resources = ExitStack()
-        self._pools: dict[str, WorkerPool] = {}
-        self._async_runner: AsyncRunner | None = None
+        self._open: dict[str, OpenComponent] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._pools = WorkerPools(num_workers=config.num_workers)
 
     def __enter__(self) -> RewardManager:
         with ExitStack() as started:
+            cache = None
+            if self._cache_folder is not None and any(component.is_cacheable for component in self._components):
+                cache = started.enter_context(VerdictCache(self._cache_folder / CACHE_FILE))
+            # Closed after the components, whose end is what frees threads that still wait.
+            threads = ThreadPoolExecutor(max_workers=len(self._components), thread_name_prefix="reward")
+            started.callback(threads.shutdown, wait=True, cancel_futures=True)
+            self._pools = started.enter_context(WorkerPools(num_workers=self._config.num_workers))
             for component in self._components:
-                if component.reward.self_check is not None and component.reward.use not in self._pools:
-                    pool = WorkerPool(component.reward.use, num_workers=self._config.num_workers, timeout_s=self._config.timeout_s)
-                    self._pools[component.reward.use] = started.enter_context(pool)
-                if component.reward.is_async and self._async_runner is None:
-                    self._async_runner = started.enter_context(AsyncRunner())
+                self._open[component.name] = component.opened(
+                    self._config, started, pools=self._pools, recipe_folder=self._recipe_folder, cache=cache
+                )
+            self._threads = threads
             self._resources = started.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pools, self._async_runner = {}, None
+        self._open, self._threads = {}, None
         self._resources.close()
 
+    @property
+    def config(self) -> RewardsConfig:
+        """The settings that the manager was made of."""
+        return self._config
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The components in the order of the recipe."""
+        return tuple(self._components)
+
+    @property
+    def full_values(self) -> dict[str, float]:
+        """The best value of each component, for `summarise`."""
+        return {component.name: component.full_value for component in self._components}
+
     def describe(self) -> list[str]:
-        """Returns one line a component: name, weight, tasks, function, options, and for a plug-in the file and its SHA-256."""
-        return [
-            f"{component.name}: {component.config.weight:g} x {component.reward}, "
-            f"{'all tasks' if component.config.tasks is None else 'tasks ' + ', '.join(component.config.tasks)}, "
-            f"options {dict(component.reward.options) or 'default'}"
-            for component in self._components
-        ]
+        """Returns one line a component: name, weight, routing, function, options, and for a plug-in the file, SHA-256 and where it runs."""
+        return [component.describe() for component in self._components]
 
     def check_examples(self, examples: Iterable[Example]) -> int:
         """Returns the number of examples checked; a `DataError` names the first whose answer no response could match.
 
-        Each example must have a component for its task and an answer of the kind that the component compares with. A verifier that
-        runs in a worker must also find the example's own answer right: about a millisecond each.
+        Each example must have a component for its task and source, and an answer of the kind that the component compares with. A verifier
+        that runs in a worker must also find the example's own answer right: about a millisecond each. Outside the `with` block the
+        workers are started for it and ended; no service is.
         """
         checked = list(examples)
         for example in checked:
             for component in self._components_for(example):
                 component.reward.check_answer(example)
-        for component in self._components:
-            if component.reward.self_check is None:
-                continue
-            rows = [example for example in checked if component.config.judges(example.task)]
-            requests = [component.reward.self_check(example) for example in rows]
-            for example, (verdict, _seconds) in zip(rows, self._pool(component).judge(requests), strict=True):
-                if isinstance(verdict, Unavailable) or verdict.value != 1.0:
-                    reason = verdict.reason if isinstance(verdict, Unavailable) else verdict.note or "judged wrong"
-                    raise DataError(
-                        f"example {example.id!r}: component {component.name!r} ({component.reward.use}) does not find its own answer "
-                        f"{example.answer!r} right ({reason}); mend the row or judge its task with another component"
-                    )
+                _check_columns(component, example)
+        with ExitStack() as temporary:
+            pools = self._pools if self._open else temporary.enter_context(WorkerPools(num_workers=self._config.num_workers))
+            for component in self._components:
+                rows = [example for example in checked if component.config.judges(example)]
+                self._check_with_workers(component, rows, pools)
         return len(checked)
+
+    def _check_with_workers(self, component: Component, rows: Sequence[Example], pools: WorkerPools) -> None:
+        built_in = component.reward.built_in
+        if built_in is None or built_in.self_check is None or not rows:
+            return
+        timeout_s = component.timeout_s(self._config)
+        pools.start(component.reward.use, timeout_s=timeout_s)
+        requests = [built_in.self_check(example) for example in rows]
+        for example, answer in zip(rows, pools.judge(requests, timeout_s=timeout_s), strict=True):
+            if not isinstance(answer.verdict, RewardResult) or answer.verdict.value != built_in.gold_value:
+                raise DataError(
+                    f"example {example.id!r}: component {component.name!r} ({component.reward.use}) does not find its own answer "
+                    f"{example.answer!r} right ({_why(answer)}); mend the row or judge its task with another component"
+                )
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Returns the groups in order, every rollout judged or with the reasons why not.
 
         Raises `RewardUnavailableError` when more than `max_unavailable_frac` of all rollouts could not be judged, or any under
-        `on_unavailable: stop`; `DataError` for an example whose task no component judges.
+        `on_unavailable: stop`; `DataError` for an example whose task and source no component judges; a service's own error when it
+        has to stop the run.
         """
-        rows = [(group.example, rollout) for group in groups for rollout in group.rollouts]
-        verdicts: list[dict[str, tuple[Verdict, float]]] = [{} for _ in rows]
         for group in groups:
             self._components_for(group.example)
-        for component in self._components:
-            indices = [index for index, (example, _rollout) in enumerate(rows) if component.config.judges(example.task)]
-            for index, verdict in zip(indices, self._judge(component, [rows[index] for index in indices]), strict=True):
-                verdicts[index][component.name] = verdict
-        remaining = iter(zip(rows, verdicts, strict=True))
-        outcomes = [[self._outcome(rollout, next(remaining)[1]) for rollout in group.rollouts] for group in groups]
+        answers = self._judge_all(groups)
+        outcomes = [
+            [
+                self._outcome(rollout, {name: of_group[number] for name, of_group in by_component.items()})
+                for number, rollout in enumerate(group.rollouts)
+            ]
+            for group, by_component in zip(groups, answers, strict=True)
+        ]
         self._refuse_too_many_unavailable([outcome for of_group in outcomes for outcome in of_group])
         return [self._scored_group(group.example, of_group) for group, of_group in zip(groups, outcomes, strict=True)]
 
-    def _components_for(self, example: Example) -> list[_Component]:
-        components = [component for component in self._components if component.config.judges(example.task)]
-        if not components:
-            tasks = sorted({task for component in self._components for task in component.config.tasks or ()})
-            close = difflib.get_close_matches(example.task, tasks, n=1)
-            raise DataError(
-                f"example {example.id!r}: no reward component judges its task {example.task!r}"
-                f"{f' (did you mean {close[0]!r}?)' if close else ''}; judged are {', '.join(tasks)}: "
-                "add the task to `tasks` of a component, or leave `tasks` out to judge all"
-            )
-        return components
+    def _judge_all(self, groups: Sequence[Group]) -> list[dict[str, list[Answer]]]:
+        """Returns for each group the answers of each component that judges it; the components work side by side."""
+        places = {
+            component.name: [place for place, group in enumerate(groups) if component.config.judges(group.example)]
+            for component in self._components
+        }
+        busy = [component for component in self._components if places[component.name]]
 
-    def _pool(self, component: _Component) -> WorkerPool:
-        assert component.reward.use in self._pools, "a RewardManager whose rewards need workers is used inside its `with` block"
-        return self._pools[component.reward.use]
+        def judge(component: Component) -> list[list[Answer]]:
+            return self._opened(component).judge([groups[place] for place in places[component.name]])
 
-    def _judge(self, component: _Component, rows: Sequence[Row]) -> list[tuple[Verdict, float]]:
-        """Returns one component's verdicts with their seconds, in the order of the rows."""
-        if component.reward.is_async:
-            assert self._async_runner is not None, "a RewardManager with async rewards is used inside its `with` block"
-            return self._async_runner.run([_async_call(component, row, timeout_s=self._config.timeout_s) for row in rows])
-        verdicts: list[tuple[Verdict, float]] = []
-        requests: dict[int, WorkerRequest] = {}
-        for index, row in enumerate(rows):
-            attempt = _Attempt()
-            with attempt.guarded():
-                returned = component.reward.function(*row, **component.reward.options)
-                if isinstance(returned, WorkerRequest) and component.reward.self_check is not None:
-                    requests[index] = returned
-                else:
-                    attempt.verdict = _as_verdict(returned, weight=component.config.weight)
-            verdicts.append((attempt.verdict, attempt.seconds))
-        if requests:
-            for index, verdict in zip(requests, self._pool(component).judge(list(requests.values())), strict=True):
-                verdicts[index] = verdict
-        return verdicts
+        apart = {
+            component.name: self._threads.submit(judge, component)
+            for component in busy
+            if self._threads is not None and not self._opened(component).in_caller
+        }
+        # In the meantime what has to run in this thread.
+        here = {component.name: judge(component) for component in busy if component.name not in apart}
+        answers: list[dict[str, list[Answer]]] = [{} for _ in groups]
+        for component in busy:
+            judged = here[component.name] if component.name in here else apart[component.name].result()
+            for place, of_group in zip(places[component.name], judged, strict=True):
+                answers[place][component.name] = [bounded(answer, weight=component.config.weight) for answer in of_group]
+        return answers
 
-    def _outcome(self, rollout: Rollout, verdicts: dict[str, tuple[Verdict, float]]) -> JudgedRollout | UnjudgedRollout:
-        results = {name: verdict for name, (verdict, _seconds) in verdicts.items() if isinstance(verdict, RewardResult)}
-        reasons = {name: verdict.reason for name, (verdict, _seconds) in verdicts.items() if isinstance(verdict, Unavailable)}
+    def _opened(self, component: Component) -> OpenComponent:
+        if component.name in self._open:
+            return self._open[component.name]
+        built_in = component.reward.built_in
+        is_plain = built_in is not None and built_in.function is not None and built_in.self_check is None
+        assert is_plain, "a RewardManager whose rewards need processes, services or an event loop is used inside its `with` block"
+        return component.opened(self._config, self._resources, pools=self._pools, recipe_folder=self._recipe_folder, cache=None)
+
+    def _components_for(self, example: Example) -> list[Component]:
+        components = [component for component in self._components if component.config.judges(example)]
+        if components:
+            return components
+        tasks = sorted({task for component in self._components for task in component.config.tasks or ()})
+        sources = sorted({source for component in self._components for source in component.config.sources or ()})
+        close = difflib.get_close_matches(example.task, tasks, n=1)
+        judged = [f"judged are {', '.join(tasks)}"] if tasks else []
+        judged += [f"judged sources are {', '.join(sources)}"] if sources else []
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        raise DataError(
+            f"example {example.id!r}: no reward component judges its task {example.task!r}{meant}"
+            f"{f' of source {example.source!r}' if sources else ''}; {', '.join(judged)}: "
+            "add the task to `tasks` of a component (and the source to its `sources`), or leave `tasks` out to judge all"
+        )
+
+    def _outcome(self, rollout: Rollout, answers: Mapping[str, Answer]) -> JudgedRollout | UnjudgedRollout:
+        verdicts = {name: answer.verdict for name, answer in answers.items()}
+        results = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, RewardResult)}
+        reasons = {name: verdict.reason for name, verdict in verdicts.items() if isinstance(verdict, Unavailable)}
+        if not results and not reasons:
+            reasons = dict.fromkeys(verdicts, "the reward function returned None: it does not judge this row, and no other component does")
         if reasons:
             return UnjudgedRollout(rollout=rollout, reasons=reasons)
         reward = sum(self._config.components[name].weight * result.value for name, result in results.items())
-        judging_s = {name: seconds for name, (_verdict, seconds) in verdicts.items()}
+        judging_s = {name: answers[name].seconds or 0.0 for name in results if answers[name].seconds is not None}
         return JudgedRollout(rollout=rollout, score=RolloutScore(reward=float(reward), results=results, judging_s=judging_s))
 
     def _refuse_too_many_unavailable(self, outcomes: Sequence[JudgedRollout | UnjudgedRollout]) -> None:
@@ -202,54 +240,19 @@ class RewardManager:
         )
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One call of a reward function: its verdict and its seconds."""
-
-    verdict: Verdict = field(default_factory=lambda: Unavailable(reason="the reward function was not called"))
-    seconds: float = 0.0
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Turns whatever the function raises into an `Unavailable` with the end of the traceback."""
-        started = time.monotonic()
-        try:
-            yield
-        # The one boundary where nothing can be named beforehand: the code is the user's. Ending the process or cancelling the
-        # task that it runs in is not its business either.
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
-            self.verdict = Unavailable(reason="".join(traceback.format_exception(error, limit=-3))[-MAX_REASON_CHARS:].strip())
-        finally:
-            self.seconds = time.monotonic() - started
+def _why(answer: Answer) -> str:
+    if isinstance(answer.verdict, RewardResult):
+        return answer.verdict.note or "judged wrong"
+    return answer.verdict.reason if answer.verdict else "not judged"
 
 
-def _async_call(component: _Component, row: Row, *, timeout_s: float) -> Callable[[], Awaitable[tuple[Verdict, float]]]:
-    async def call() -> tuple[Verdict, float]:
-        attempt = _Attempt()
-        with attempt.guarded():
-            try:
-                async with asyncio.timeout(timeout_s) as limit:
-                    returned = await component.reward.function(*row, **component.reward.options)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                attempt.verdict = Unavailable(reason=f"no verdict in {timeout_s:g} s")
-            else:
-                attempt.verdict = _as_verdict(returned, weight=component.config.weight)
-        return attempt.verdict, attempt.seconds
-
-    return call
-
-
-def _as_verdict(returned: object, *, weight: float) -> Verdict:
-    """Returns what a reward function returned as a verdict; anything but a finite number of sane size is unavailable."""
-    if isinstance(returned, Unavailable):
-        return returned
-    if not isinstance(returned, RewardResult):
-        if isinstance(returned, bool) or not isinstance(returned, Real):
-            kind = type(returned).__name__
-            return Unavailable(reason=f"the reward function returned a {kind}; it must return float, RewardResult or Unavailable")
-        returned = RewardResult(value=float(returned))
-    if not abs(weight * returned.value) <= MAX_WEIGHTED_VALUE:
-        return Unavailable(reason=f"weight x value = {weight:g} x {returned.value:g}; at most {MAX_WEIGHTED_VALUE:g} can be summed")
-    return returned
+def _check_columns(component: Component, example: Example) -> None:
+    """Raises a `DataError` when a function with trl's signature asks for a column that the example does not have."""
+    if component.reward.kind != "trl" or component.reward.function is None:
+        return
+    missing = [name for name in required_columns(component.reward.function) if name not in trl_columns(example)]
+    if missing:
+        raise DataError(
+            f"example {example.id!r}: component {component.name!r} ({component.reward.use}) asks for a column {missing[0]!r}; "
+            "give the row `metadata` with that key, or give the argument a default"
+        )

@@ -4,7 +4,8 @@ Two processes. The outer one loads the verifier, proves that it works, and forks
 the inner one dies, by a signal from the trainer or by itself, the outer one forks the next: milliseconds, where loading the verifier
 takes a second. The outer one has a single thread, so forking it is safe, as forking the trainer is not.
 
-Protocol, JSON lines: at its start an inner process writes `{"ready": true}`; a request `{"id", "arguments"}` is answered by
+Protocol, JSON lines: at its start an inner process writes `{"ready": PID, "ended_by": STATUS}`, the second being how the one before it
+ended (minus the signal, or its exit code; 0 for the first); a request `{"id", "arguments"}` is answered by
 `{"id", "value", "note"}` or `{"id", "error"}`. SIGUSR1 to the outer process kills the inner one; SIGTERM ends both; so does the
 end of stdin.
 """
@@ -52,10 +53,10 @@ def _limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _answer_requests(judge: Callable[..., tuple[float, str]], *, replies_fd: int, timeout_s: float) -> None:
+def _answer_requests(judge: Callable[..., tuple[float, str]], *, replies_fd: int, timeout_s: float, ended_by: int) -> None:
     """Answers request after request until stdin ends."""
     sys.addaudithook(_forbid)
-    os.write(replies_fd, b'{"ready": true}\n')
+    os.write(replies_fd, json.dumps({"ready": os.getpid(), "ended_by": ended_by}).encode() + b"\n")
     # Unbuffered: a request that this process does not live to answer must not take the next one with it.
     for line in os.fdopen(0, "rb", buffering=0, closefd=False):
         try:
@@ -110,7 +111,7 @@ def main(settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGUSR1, inner.kill)
     signal.signal(signal.SIGTERM, inner.kill_and_leave)
     orders = {signal.SIGUSR1, signal.SIGTERM}
-    status = 1
+    status: int | None = None
     while status != 0:
         signal.pthread_sigmask(signal.SIG_BLOCK, orders)
         inner.pid = os.fork()
@@ -121,7 +122,8 @@ def main(settings: dict[str, Any]) -> None:
             try:
                 # Without a reader there is nobody to answer: leave with 0, or the outer process would fork for ever.
                 with contextlib.suppress(BrokenPipeError):
-                    _answer_requests(judge, replies_fd=replies_fd, timeout_s=settings["timeout_s"])
+                    ended_by = 0 if status is None else os.waitstatus_to_exitcode(status)
+                    _answer_requests(judge, replies_fd=replies_fd, timeout_s=settings["timeout_s"], ended_by=ended_by)
                 os._exit(0)
             finally:
                 # Nothing of the outer process, its loop least of all, may run on in here.

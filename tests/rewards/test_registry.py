@@ -1,12 +1,13 @@
 """Looking up reward functions: names, options, and whose code a recipe may bring along."""
 
 import hashlib
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 from vlpost.rewards import RewardConfigError
-from vlpost.rewards.registry import resolve
+from vlpost.rewards.registry import BUILT_IN_REWARDS, resolve
 
 PLUG_IN = """
 from dataclasses import dataclass
@@ -52,14 +53,16 @@ def _resolve(use, options=(), *, folder=None, allow_code=False):
 def test_built_in_names(use):
     reward = _resolve(use)
     assert (reward.use, reward.path, reward.sha256, reward.options) == (use, None, None, {})
-    assert (reward.self_check is not None) == (use == "math_answer")
+    assert reward.built_in is not None
+    assert (reward.built_in.self_check is not None) == (use == "math_answer")
 
 
 def test_unknown_name_says_what_is_near_and_how_to_name_ones_own():
     with pytest.raises(RewardConfigError) as caught:
         _resolve("math_anwser")
     assert str(caught.value) == (
-        "unknown reward 'math_anwser' (did you mean 'math_answer'?); built-in rewards are math_answer, count, choice, exact; "
+        "unknown reward 'math_anwser' (did you mean 'math_answer'?); "
+        f"built-in rewards are {', '.join(BUILT_IN_REWARDS)}; "
         "name your own as package.module:function or file.py:function"
     )
 
@@ -179,3 +182,155 @@ def test_a_file_that_does_not_load_is_named_and_leaves_nothing(recipe_folder):
     with pytest.raises(RewardConfigError, match="its imports must be installed packages"):
         _resolve("broken.py:f", folder=recipe_folder)
     assert set(sys.modules) == known
+
+
+# ---------------------------------------------------------------- kinds
+
+KINDS = """
+from vlpost.rewards import reward
+
+def row(example, rollout, *, a: int = 1): return 0.0
+def group(example, rollouts): return []
+def batch(groups, *, a: int = 1): return []
+def trl_short(completions, **columns): return []
+def trl_long(prompts, completions, answer, factor: float = 1.0, **columns): return []
+def other_names(case, response): return 0.0
+def one_other(things): return []
+def by_place(completions, /): return []
+def three(example, rollout, extra): return 0.0
+
+@reward(kind="row", name="mine", value_range=(0, 1), cacheable=True, version=3)
+def declared(case, response): return 0.0
+
+@reward(kind="batch")
+def declared_batch(things): return []
+
+@reward(kind="trl")
+def declared_trl(prompts=None, **columns): return []
+
+@reward(kind="group")
+def wrong_kind(groups): return []
+
+class Callable:
+    def __call__(self, example, rollout): return 0.0
+
+instance = Callable()
+"""
+
+
+@pytest.fixture
+def kinds_folder(tmp_path: Path) -> Path:
+    (tmp_path / "kinds.py").write_text(KINDS)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("row", "row"),
+        ("group", "group"),
+        ("batch", "batch"),
+        ("trl_short", "trl"),
+        ("trl_long", "trl"),
+        ("declared", "row"),
+        ("declared_batch", "batch"),
+        ("declared_trl", "trl"),
+    ],
+)
+def test_the_kind_follows_from_the_arguments_or_the_decorator(name, kind, kinds_folder):
+    assert _resolve(f"kinds.py:{name}", folder=kinds_folder).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other_names", r"its signature is \(case, response\); it must be one of \(example, rollout, \*, option: type = default\)"),
+        ("one_other", r"its signature is \(things\); it must be one of"),
+        ("three", r"its signature is \(example, rollout, extra\)"),
+        ("by_place", r"argument 'completions' cannot be given by name, as trl gives all arguments"),
+        ("wrong_kind", r"its signature is \(groups\); as @reward\(kind='group'\) says, it must be one of"),
+        ("instance", r"has no function 'instance'"),
+    ],
+)
+def test_a_signature_that_is_none_is_refused(name, words, kinds_folder):
+    with pytest.raises(RewardConfigError, match=words):
+        _resolve(f"kinds.py:{name}", folder=kinds_folder)
+
+
+def test_what_the_decorator_says_is_kept(kinds_folder):
+    traits = _resolve("kinds.py:declared", folder=kinds_folder).traits
+    assert (traits.name, traits.value_range, traits.cacheable, traits.version) == ("mine", (0, 1), True, 3)
+
+
+def test_options_of_a_trl_function_are_its_arguments_with_defaults(kinds_folder):
+    assert _resolve("kinds.py:trl_long", {"factor": 2}, folder=kinds_folder).options == {"factor": 2.0}
+    with pytest.raises(RewardConfigError, match="unknown option 'answer'; its options are: factor"):
+        _resolve("kinds.py:trl_long", {"answer": 2}, folder=kinds_folder)
+
+
+# ---------------------------------------------------------------- entry points
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a package with entry points of ours, as `pip` would lay it down."""
+
+    def make(entries: str, package: str = "brand_new_rewards") -> None:
+        (tmp_path / f"{package}.py").write_text("def brevity(example, rollout, *, most: int = 3):\n    return 1.0\n")
+        metadata = tmp_path / f"{package}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[vlpost.rewards]\n{entries}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    yield make
+    sys.modules.pop("brand_new_rewards", None)
+
+
+def test_an_entry_point_names_a_reward(install, tmp_path):
+    install("brevity = brand_new_rewards:brevity")
+    resolved = _resolve("brevity", {"most": 4})
+    assert (resolved.use, resolved.kind, resolved.options) == ("brevity", "row", {"most": 4})
+    assert resolved.path == (tmp_path / "brand_new_rewards.py").resolve()
+    with pytest.raises(RewardConfigError, match=r"unknown reward 'brevty' \(did you mean 'brevity'\?\).*installed are brevity"):
+        _resolve("brevty")
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ("brevity = brand_new_rewards", "its entry point is 'brand_new_rewards'; it must be package.module:function"),
+        ("brevity = no_such_package_at_all:f", "module 'no_such_package_at_all' cannot be imported"),
+    ],
+)
+def test_a_broken_entry_point_is_said(entries, words, install):
+    install(entries)
+    with pytest.raises(RewardConfigError, match=words):
+        _resolve("brevity")
+
+
+def test_one_name_of_two_packages_is_refused(install):
+    install("brevity = brand_new_rewards:brevity")
+    install("brevity = other_rewards:brevity", package="other_rewards")
+    with pytest.raises(
+        RewardConfigError, match="installed packages give the name to brand_new_rewards:brevity and to other_rewards:brevity"
+    ):
+        _resolve("brevity")
+
+
+@pytest.mark.parametrize("name", BUILT_IN_REWARDS)
+def test_every_built_in_is_whole(name):
+    """Options have types and defaults that fit them, so that an empty `options` and one that spells out the defaults are the same."""
+    built_in = BUILT_IN_REWARDS[name]
+    low, high = built_in.value_range
+    assert low < high
+    assert low <= built_in.gold_value <= high
+    assert built_in.summary
+    assert built_in.summary[-1] != "."
+    if built_in.options is not None:
+        assert not any(field.is_required() for field in built_in.options.model_fields.values())
+        return
+    assert built_in.function is not None
+    parameters = inspect.signature(built_in.function).parameters.values()
+    options = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert _resolve(name, options).options == options

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from vlpost.model.records import DataError
 from vlpost.rewards import RewardResult, Unavailable
 from vlpost.rewards.visual_answer import (
+    MAX_RESPONSE_CHARS,
+    REWARDS,
     check_choice_answer,
     check_count_answer,
     check_exact_answer,
@@ -100,7 +102,7 @@ def test_every_whole_number_is_read_however_it_is_dressed(number):
             ("【B】", "B"),
             ("option B", "B"),
         ),
-        *(("选项B", "B"), ("**B**", "B"), ("\\text{B}", "B"), ("$B$", "B"), ("Option (c).", "C")),
+        *(("选项B", "B"), ("选 B", "B"), ("选A或B", None), ("**B**", "B"), ("\\text{B}", "B"), ("$B$", "B"), ("Option (c).", "C")),
         *(
             ("A or B", None),
             ("A, B", None),
@@ -173,3 +175,16 @@ def test_an_answer_of_the_wrong_kind_is_named_and_never_scored(check, verifier, 
     verdict = verifier(example, make_rollout("3"))
     assert isinstance(verdict, Unavailable)
     assert words in verdict.reason
+
+
+@pytest.mark.parametrize(("name", "answer"), [("count", "12"), ("count", "十二"), ("choice", "(b)"), ("exact", "红色 car")])
+def test_the_examples_own_answer_gets_full_value(name, answer, make_example, make_rollout):
+    entry = REWARDS[name]
+    entry.check_answer(make_example(answer))
+    assert entry.function(make_example(answer), make_rollout(entry.gold_response(make_example(answer)))).value == 1.0
+
+
+def test_a_response_beyond_the_bound_is_not_searched(make_example, make_rollout):
+    text = "x" * MAX_RESPONSE_CHARS + "\\boxed{3}"
+    assert count(make_example("3"), make_rollout(text[-100:])).value == 1.0
+    assert count(make_example("3"), make_rollout(text)).value == 0.0

@@ -158,7 +158,10 @@ def test_without_signal_the_metrics_say_why(make_stage, examples):
         "solved_all_frac": 1 / 3,
         "solved_none_frac": 2 / 3,
         "reward/number": 4 / 10,
+        "reward/number/full_frac": 4 / 10,
+        "reward/number/judged": 10.0,
         "reward/number/unavailable": 2.0,
+        "reward/number/unavailable/other": 2.0,
         "dropped_frac": 0.0,
     }
 
