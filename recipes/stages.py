@@ -85,9 +85,12 @@ def _build(
     rewards = stack.enter_context(
         RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code, cache_folder=recipe.output)
     )
-    for line in rewards.describe():
+    for line in [*rewards.describe(), *rewards.describe_services()]:
         log.say(f"{phase_of(recipe)}: reward {line}")
         log.event("reward", line=line)
+    if rewards.is_unsafe:
+        log.say(f"{phase_of(recipe)}: UNSAFE: model-written programs run without a jail (rewards.sandbox.unsafe); checkpoints say so")
+        log.event("unsafe_sandbox")
     needs_copy = isinstance(recipe, RlRecipe) and recipe.rl.kl is not None and recipe.learner.lora is None
     reference = workshop.load_again(loaded, dtype=recipe.learner.dtype) if needs_copy else None
     learner = Learner(loaded.model, config=recipe.learner, num_steps=updates, reference=reference)
@@ -310,10 +313,13 @@ def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOp
             recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code, cache_folder=recipe.output
         ) as rewards,
     ):
+        is_unsafe = rewards.is_unsafe
         rewards.check_examples(examples)
         measured = evaluate(examples, recipe.evaluate, sampler=sampler, rewards=rewards, chat=loaded.chat, ranks=ranks, seed=recipe.seed)
     log.metrics(phase_of(recipe), 0, measured)
     described = {"model": loaded.folder, "num_examples": len(examples), "data": fingerprint(examples), **measured}
+    if is_unsafe:
+        described["unsafe_sandbox"] = True
     if ranks.is_first:
         (recipe.output / "evaluation.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return measured

@@ -115,6 +115,7 @@ class Training:
             "alarms": self.alarms.state(),
             "roll_backs": self.roll_backs.state(),
             "rng": rng_state(),
+            "unsafe_sandbox": self.rewards.is_unsafe,
             "recipe": comparable_recipe(self.recipe),
         }
         keep, protect = self.recipe.checkpoint.keep, self._wanted_for_roll_backs()

@@ -26,7 +26,16 @@ TimedVerdict: TypeAlias = tuple[Verdict, float]
 
 
 class RowJudge(Protocol):
-    """A component at work."""
+    """A service at work."""
+
+    @property
+    def is_unsafe(self) -> bool:
+        """True when what it runs could reach the trainer: logs and checkpoints of the run are then marked."""
+        ...
+
+    def describe(self) -> str:
+        """Returns one line for the log: what was found on this machine or behind a URL, and which version of it."""
+        ...
 
     def judge(self, rows: Sequence[Row]) -> list[TimedVerdict]:
         """Returns a verdict for each row, in order; never raises on account of a row."""

@@ -153,9 +153,19 @@ class CodeJudge:
 class _RowJudge:
     """The component at work: rows side by side, as many as the sandbox runs at a time."""
 
-    def __init__(self, judge: CodeJudge, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, judge: CodeJudge, sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
         self._judge = judge
+        self._sandbox = sandbox
         self._threads = threads
+
+    @property
+    def is_unsafe(self) -> bool:
+        """True when programs run without a jail."""
+        return self._sandbox.is_unsafe
+
+    def describe(self) -> str:
+        """Returns which jail runs."""
+        return self._sandbox.describe()
 
     def judge(self, rows: Sequence[Row]) -> list[TimedVerdict]:
         """Returns a verdict for each row, in order."""
@@ -169,7 +179,7 @@ def open_judge(options: CodeExecutionOptions, config: RewardsConfig, recipe_fold
         Sandbox(config.sandbox) as sandbox,
         ThreadPoolExecutor(max_workers=config.sandbox.num_workers, thread_name_prefix="code") as threads,
     ):
-        yield _RowJudge(CodeJudge(sandbox, options), threads)
+        yield _RowJudge(CodeJudge(sandbox, options), sandbox, threads)
 
 
 def check_code_problem(example: Example) -> None:

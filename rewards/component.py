@@ -56,6 +56,10 @@ class OpenComponent:
     judge: Judge
     in_caller: bool = False
     """True: runs in the thread that calls `score`, like all code that the user wants in the trainer's process."""
+    line: str = ""
+    """What a service says of itself for the log"""
+    is_unsafe: bool = False
+    """True for a service whose programs could reach the trainer"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +138,8 @@ class Component:
             opened = self._opened_plugin(settings, resources, timeout_s=timeout_s)
         elif built_in.service is not None:
             service = resources.enter_context(built_in.service(self.reward.service_options, settings, recipe_folder))
-            opened = OpenComponent(judge=partial(_judge_by_rows, partial(_judge_by_service, service)))
+            judge = partial(_judge_by_rows, partial(_judge_by_service, service))
+            opened = OpenComponent(judge=judge, line=service.describe(), is_unsafe=service.is_unsafe)
         else:
             if built_in.self_check is not None:
                 pools.start(self.reward.use, timeout_s=timeout_s)

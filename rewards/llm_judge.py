@@ -157,6 +157,15 @@ class LlmJudge:
         self._uncertain_keys: list[str] = []
         self._canary_accuracy: float | None = None
 
+    @property
+    def is_unsafe(self) -> bool:
+        """False: a judge reads, it runs nothing."""
+        return False
+
+    def describe(self) -> str:
+        """Returns which model judges by which rubric."""
+        return f"judge: model {self._client.model}, rubric {self._rubric.name} version {self._rubric.version[:12]}"
+
     def judge(self, rows: Sequence[Row]) -> list[TimedVerdict]:
         """Returns a verdict for each row, in order; rows of one example are a group.
 

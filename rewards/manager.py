@@ -99,6 +99,15 @@ class RewardManager:
         """The best value of each component, for `summarise`."""
         return {component.name: component.full_value for component in self._components}
 
+    @property
+    def is_unsafe(self) -> bool:
+        """True when a component that is open runs model-written programs without a jail."""
+        return any(component.is_unsafe for component in self._open.values())
+
+    def describe_services(self) -> list[str]:
+        """Returns one line a service that is open: which jail, which judge."""
+        return [f"{name}: {component.line}" for name, component in self._open.items() if component.line]
+
     def describe(self) -> list[str]:
         """Returns one line a component: name, weight, routing, function, options, and for a plug-in the file, SHA-256 and where it runs."""
         return [component.describe() for component in self._components]

@@ -89,7 +89,8 @@ class RlStage:
         measured = ranks.merge([*updates, *penalties, _rollout_metrics(scored), clock.metrics(groups)])
         measured["skipped_updates"] = float(sum(not batches for batches in mini_batches))
         measured |= token_metrics([part for rank in ranks.gather(seen) for part in rank], self.config.policy_loss)
-        summary = summarise([outcomes for rank in ranks.gather(group_outcomes(scored)) for outcomes in rank])
+        outcomes = [group for rank in ranks.gather(group_outcomes(scored)) for group in rank]
+        summary = summarise(outcomes, full_values=self.rewards.full_values)
         return RlStepResult(metrics={**measured, **summary.metrics(), **_speeds(measured)}, scored_groups=tuple(scored))
 
     def _draw(self, step: int, examples: Sequence[Example]) -> list[Group]:

@@ -84,7 +84,7 @@ def core_python(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_every_module_and_recipe_and_nothing_else(wheel):
     expected = {f"vlpost/{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
-    expected |= {f"vlpost/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    expected |= {f"vlpost/{folder}/{path.name}" for folder in ("recipes", "rewards") for path in (ROOT / folder).glob("*.yaml")}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert len(expected) > len(FOLDERS)
     assert packed == expected

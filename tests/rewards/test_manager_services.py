@@ -17,11 +17,13 @@ from vlpost.rewards import (
     ScoreSummary,
     Unavailable,
     group_outcomes,
+    jail_backends,
     registry,
     summarise,
 )
 from vlpost.rewards.built_in import BuiltInReward
 from vlpost.rewards.cache import VerdictCache
+from vlpost.rewards.execution import SandboxError
 from vlpost.rewards.manager import CACHE_FILE
 from vlpost.rewards.summary import GroupOutcomes, reason_kind
 
@@ -42,7 +44,11 @@ class Service:
         self.options, self.config, self.folder = options, config, folder
         self.asked: list[list[str]] = []
         self.is_open = True
+        self.is_unsafe = False
         self.barrier: threading.Barrier | None = None
+
+    def describe(self):
+        return "a service of a test"
 
     def judge(self, rows):
         self.asked.append([rollout.text for _example, rollout in rows])
@@ -261,3 +267,23 @@ def test_components_of_one_verifier_share_its_workers(make_group):
         assert len(rewards._pools._pools) == 2
         (group,) = rewards.score([make_group("0.5", "\\boxed{1/2}", task="a")])
     assert group.judged[0].score.reward == 2.0
+
+
+def test_a_manager_says_what_its_services_are(services):
+    with make_manager({"it": {"use": "remote"}, "count": {"use": "count"}}) as manager:
+        assert manager.describe_services() == ["it: a service of a test"]
+        assert not manager.is_unsafe
+    assert manager.describe_services() == []
+
+
+def test_a_run_without_a_jail_is_marked(monkeypatch):
+    monkeypatch.setattr(jail_backends, "_bubblewrap", lambda *_: "not here")
+    monkeypatch.setattr(jail_backends, "_landlock", lambda *_: "not here")
+    with make_manager({"code": {"use": "code_execution"}}, sandbox={"unsafe": True, "num_workers": 1}) as manager:
+        assert manager.is_unsafe
+        (line,) = manager.describe_services()
+        assert line.startswith("code: sandbox: unsafe, ")
+    assert not manager.is_unsafe
+    refused = make_manager({"code": {"use": "code_execution"}})
+    with pytest.raises(SandboxError, match="no backend holds on this machine"):
+        refused.__enter__()
