@@ -88,6 +88,8 @@ class LearnerConfig(Settings):
     token_budget: int = Field(default=4096, ge=64)
     """Unique tokens of one micro-batch, images expanded; bounds memory, never changes the gradient."""
     gradient_checkpointing: bool = False
+    activation_offload: bool = False
+    """On a GPU: keeps what backward needs in the host's memory until it does. Slower than gradient checkpointing where both would do."""
     freeze: tuple[Part, ...] = ()
     """Parts that are not trained."""
     lora: LoraConfig | None = None
@@ -104,6 +106,15 @@ class LearnerConfig(Settings):
     def _something_is_trained(self) -> LearnerConfig:
         if set(self.freeze) == set(get_args(Part)):
             raise ValueError("learner.freeze names every part of the model: nothing is left to train")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_save_memory(self) -> LearnerConfig:
+        if self.activation_offload and self.gradient_checkpointing:
+            raise ValueError(
+                "learner.activation_offload and learner.gradient_checkpointing are both on: what checkpointing keeps would not be "
+                "offloaded; choose one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -124,6 +124,8 @@ class Learner:
         self.dtype = machine_dtype(config.dtype)
         self.accelerator = build_accelerator(config.layout, self.dtype)
         self.ranks = Ranks()
+        if config.activation_offload and self.accelerator.device.type == "cpu":
+            raise VlpostError("learner.activation_offload moves activations from a GPU to the host, and this is the CPU: leave it out")
         freeze(model, config.freeze)
         if config.lora is not None:
             add_adapter(model, config.lora)
@@ -247,7 +249,7 @@ class Learner:
         together sum to one. DDP's ranks exchange gradients when `is_last` is true, once a step.
         """
         is_apart = self.config.layout == "ddp" and not is_last
-        with self.accelerator.no_sync(self.policy) if is_apart else nullcontext(), self._recorded_routing() as routing:
+        with self.accelerator.no_sync(self.policy) if is_apart else nullcontext(), self._recorded_routing() as routing, self._kept():
             outputs = self.run(self._outputs_of(batch, distribution, reference))
             per_token = loss(outputs)
             self._watch(batch, outputs, per_token)
@@ -337,6 +339,10 @@ class Learner:
         return lambda model: batch_logprobs(
             model, on_device, distribution, vision=self._vision(model.model, batch, on_device), reference=reference
         )
+
+    def _kept(self) -> AbstractContextManager[None]:
+        """Returns the block whose activations go to the host's memory, where the settings say so."""
+        return torch.autograd.graph.save_on_cpu(pin_memory=True) if self.config.activation_offload else nullcontext()
 
     def _recorded_routing(self) -> AbstractContextManager[list[Routing]]:
         return record_routing(self.model) if self._routed is not None else nullcontext([])

@@ -440,6 +440,8 @@ def estimate_memory(
     shards = world_size if learner.layout == "fsdp2" else 1
     tokens = learner.token_budget
     saved = saved_activations(shape, learner, tokens=tokens, image_tokens=image_tokens, compute_bytes=c)
+    if learner.activation_offload:  # they are on the host; what a layer has in hand is part of `backward`
+        saved = dict.fromkeys(saved, 0)
     trains_head = training["language"] == "whole"
     head = logprobs_transient(shape, tokens=tokens, compute_bytes=c, trains_head=trains_head)
     layer = layer_transient(shape, learner, tokens=tokens, image_tokens=image_tokens, compute_bytes=c)

@@ -7,7 +7,7 @@ from vlpost.model.config import LearnerConfig
 from vlpost.model.learner import FULL_DISTRIBUTION, Distribution, Learner, batch_logprobs, scheduled_learning_rate
 from vlpost.model.loading import part_of
 from vlpost.model.packing import empty_batch, pack, weigh
-from vlpost.model.records import Message, TextPart, TrainSequence
+from vlpost.model.records import Message, TextPart, TrainSequence, VlpostError
 from vlpost.model.vision import vision_pass
 
 
@@ -322,3 +322,28 @@ def test_a_rate_for_a_part_that_is_not_trained_is_refused():
         config(freeze=("vision",), part_learning_rates={"vision": 1e-4})
     with pytest.raises(ValueError, match=r"part_learning_rates names merger, which is not trained"):
         config(lora={"rank": 2}, part_learning_rates={"merger": 1e-4})
+
+
+def test_offloading_is_refused_where_there_is_nothing_to_offload_from(make_model):
+    with pytest.raises(VlpostError, match=r"learner\.activation_offload moves activations from a GPU to the host, and this is the CPU"):
+        Learner(make_model(), config=config(activation_offload=True), num_steps=1)
+    with pytest.raises(ValueError, match=r"activation_offload and learner\.gradient_checkpointing are both on"):
+        config(activation_offload=True, gradient_checkpointing=True)
+
+
+def test_activations_that_were_elsewhere_give_the_same_gradient(batches, make_model, monkeypatch):
+    kept = Learner(make_model(), config=config(), num_steps=1)
+    moved = Learner(make_model(), config=config(), num_steps=1)
+    copied = []
+
+    def copy(tensor):
+        copied.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(moved, "_kept", lambda: torch.autograd.graph.saved_tensors_hooks(copy, torch.clone))
+    for learner in (kept, moved):
+        for batch in batches:
+            learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs)
+    assert len(copied) > 100
+    for ours, theirs in zip(kept.model.parameters(), moved.model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
