@@ -255,14 +255,14 @@ def test_fsdp2_shards_and_ddp_copies():
 def test_checkpointing_keeps_a_layers_input_only():
     kept, dropped = estimate(token_budget=8192), estimate(token_budget=8192, gradient_checkpointing=True)
     assert dropped["language activations"] < kept["language activations"] / 10
+    assert dropped["backward"] >= kept["backward"]
 
 
 def test_offloaded_activations_are_not_on_the_device():
     kept, moved = estimate(image_tokens=1000), estimate(image_tokens=1000, activation_offload=True)
     assert kept["language activations"] > kept["vision activations"] > 0
-    assert moved["language activations"] == moved["vision activations"] == 0
-    assert {**kept, "language activations": 0, "vision activations": 0} == moved
-    assert dropped["backward"] >= kept["backward"]
+    del kept["language activations"], kept["vision activations"]
+    assert moved == kept
 
 
 def test_autocast_copies_what_it_computes_with():
