@@ -100,7 +100,7 @@ def test_a_real_server_gives_constrained_verdicts_about_images_and_leaves_nothin
 
 def descendants(pid):
     """Returns command lines by process id of the processes below one."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in listed.splitlines()]
     found, unread = {}, [pid]
     while unread:
