@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     try:
         with Sandbox(config) as sandbox:
-            colds, two_jails, lates = [], [], []
+            colds, two_jails, late_by = [], [], []
             for _ in range(5 if arguments.quick else 41):
                 _empty(sandbox)
                 start = time.perf_counter()
@@ -123,7 +123,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for index in range(arguments.hostile):
                 start = time.perf_counter()
                 execution = sandbox.run(HOSTILE[index % len(HOSTILE)], limits=short)
-                lates.append(time.perf_counter() - start - 0.1)
+                late_by.append(time.perf_counter() - start - 0.1)
                 assert execution.status == "time_limit", execution
             left, growth = leaks(sandbox, arguments.runs)
     except SandboxError as error:
@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cold_ms": statistics.median(colds) * 1000,
         "cold_two_jails_ms": statistics.median(two_jails) * 1000,
         "warm_runs_per_s": warm,
-        "late_s": max(lates),
+        "late_s": max(late_by),
         "hostile": arguments.hostile,
         "left": left,
         "memory_growth": growth,

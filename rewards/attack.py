@@ -475,7 +475,10 @@ def _problems(secret: str) -> dict[str, CodeProblem]:
 
 
 def _descendants() -> list[str]:
-    """Returns the command lines of all living processes below this one; orphans come back here, as it is their reaper."""
+    """Returns the command lines of all living processes below this one; orphans come back here, as it is their reaper.
+
+    A process that is ending has given its memory back, and with it its command line: on a busy machine it is still listed.
+    """
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -490,7 +493,9 @@ def _descendants() -> list[str]:
     lines = []
     for pid in sorted(below - {os.getpid()}):
         with contextlib.suppress(OSError):
-            lines.append(f"{pid} " + Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120])
+            if Path("/proc", str(pid), "maps").read_bytes():
+                line = Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ")
+                lines.append(f"{pid} " + line.decode(errors="replace")[:120])
     return lines
 
 

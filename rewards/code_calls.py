@@ -31,6 +31,8 @@ MAX_MESSAGE_DEPTH = 3 * MAX_DEPTH + 8
 """Brackets inside brackets of a line: a container is at most three, and the message has its own."""
 MAX_NUMBER_DIGITS = 4000
 """Below the 4,300 digits at which Python itself refuses to read a number."""
+MAX_CHOSEN_HASHES = 2000
+"""Members of sets and keys of dicts of one message whose hashes could be chosen to be all the same: looking them up is quadratic."""
 MAX_CALLS = 10_000
 """Most calls that one problem's tests may make."""
 MAX_TESTS_BYTES = 64 * 2**20
@@ -39,9 +41,10 @@ MAX_TESTS_BYTES = 64 * 2**20
 Reply = TypeVar("Reply")
 
 _JAIL_PROGRAM = "code_jail.py"
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"')
+# A string that does not end counts to the end of the line: to try every quote in it again would take quadratic time.
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKET = re.compile(r"[\[\]{}]")
-_LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_NUMBER_DIGITS + 1}}}")
+_DIGITS = re.compile(r"[0-9]++")
 _STATUS_VERDICTS: Mapping[str, CodeVerdict] = {
     "finished": "runtime",
     "time_limit": "time",
@@ -126,7 +129,7 @@ def read_message(line: bytes) -> dict[str, Any]:
         depth += 1 if bracket.group() in "[{" else -1
         if not 0 <= depth <= MAX_MESSAGE_DEPTH:
             raise _MalformedError(f"brackets that do not match, or more than {MAX_MESSAGE_DEPTH} inside each other")
-    if _LONG_NUMBER.search(bare):
+    if any(len(digits.group()) > MAX_NUMBER_DIGITS for digits in _DIGITS.finditer(bare)):
         raise _MalformedError(f"a number of more than {MAX_NUMBER_DIGITS} digits")
     try:
         message = json.loads(text, parse_constant=_refuse_constant)
@@ -134,7 +137,42 @@ def read_message(line: bytes) -> dict[str, Any]:
         raise _MalformedError("a line that is no JSON") from error
     if type(message) is not dict:
         raise _MalformedError("a line that is no JSON object")
+    if _num_chosen_hashes(message) > MAX_CHOSEN_HASHES:
+        raise _MalformedError(f"more than {MAX_CHOSEN_HASHES} keys or members of sets that are large numbers or contain such")
     return message
+
+
+def _num_chosen_hashes(message: object) -> int:
+    """Returns how many keys and members of sets are neither texts nor small numbers, nor tuples of such."""
+    count, left = 0, [message]
+    while left:
+        document = left.pop()
+        if isinstance(document, list):
+            left += document
+        elif isinstance(document, dict):
+            for tag, content in document.items():
+                left.append(content)
+                if tag in ("set", "frozenset") and isinstance(content, list):
+                    count += sum(_has_chosen_hash(member, limit=_INT_HASH_FROM) for member in content)
+                elif tag == "dict" and isinstance(content, list):
+                    count += sum(_has_chosen_hash(pair[0], limit=_INT_HASH_FROM) for pair in content if isinstance(pair, list) and pair)
+    return count
+
+
+_INT_HASH_FROM = 2**61 - 1
+"""Smaller numbers are their own hashes."""
+
+
+def _has_chosen_hash(document: object, *, limit: int) -> bool:
+    if isinstance(document, int):
+        return abs(document) >= limit
+    if isinstance(document, float):
+        return limit != _INT_HASH_FROM  # alone, at most a few floats share a hash
+    if isinstance(document, dict):
+        # The hash of a tuple is made of those of its members, without a key: 32 bits of each leave no choice.
+        members = [member for content in document.values() if isinstance(content, list) for member in content]
+        return any(_has_chosen_hash(member, limit=2**32) for member in members)
+    return False
 
 
 def _refuse_constant(name: str) -> float:
@@ -280,6 +318,8 @@ class FunctionJudge:
                 verdict, num_passed, reason = stopped.verdict, 0, str(stopped)
             except ValueError as error:
                 verdict, num_passed, reason = "wrong", 0, f"a malformed reply: {error}"
+            except (KeyError, TypeError) as error:
+                verdict, num_passed, reason = "internal_error", 0, f"the tests' jail sent a message of another form ({error!r})"
             seconds = time.monotonic() - started
         return CodeJudgement(verdict=verdict, num_passed=num_passed, num_tests=len(tests.sources), seconds=seconds, reason=reason)
 

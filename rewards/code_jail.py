@@ -193,10 +193,18 @@ class _FirstFailure(BaseException):
     """Ends tests that need not be run to their end."""
 
 
+def _is_of_tests(error: BaseException, counter: list) -> bool:
+    """True when the tests would fail so whatever the candidate is; after its first answer, a name may be missing because of that."""
+    if isinstance(error, CandidateError):
+        return False
+    return isinstance(error, (ImportError, SyntaxError)) or (isinstance(error, NameError) and counter[0] == 0)
+
+
 class Asserts:
     """Bookkeeping for the rewritten tests: which asserts held, which failed, and the comparisons that `same_value` makes."""
 
-    def __init__(self, *, stop_at_failure: bool) -> None:
+    def __init__(self, *, stop_at_failure: bool, counter: list) -> None:
+        self._counter = counter
         self.held: set[int] = set()
         self.failed: dict[int, str] = {}
         self._stop_at_failure = stop_at_failure
@@ -210,7 +218,7 @@ class Asserts:
     def fail(self, index: int) -> None:
         """Notes an assert that failed with the error at hand; only the first failure of each is kept."""
         error = sys.exc_info()[1]
-        if isinstance(error, (NameError, ImportError)) and not isinstance(error, CandidateError):
+        if error is not None and _is_of_tests(error, self._counter):
             raise _BrokenTests(_in_words(error)) from error
         self.failed.setdefault(index, _in_words(error) if error is not None else "")
         if self._stop_at_failure:
@@ -273,8 +281,8 @@ class _Proxy:
 
 def run_tests(channel: _Channel, order: dict) -> None:
     """Runs the rewritten tests with proxies for the candidate's functions and sends what they came to, with the parent's nonce."""
-    asserts = Asserts(stop_at_failure=order["stop_at_failure"])
     counter = [0]
+    asserts = Asserts(stop_at_failure=order["stop_at_failure"], counter=counter)
     names = {name: _Proxy(channel, name, counter) for name in order["functions"]}
     broken = None
     error_words = ""
@@ -284,13 +292,11 @@ def run_tests(channel: _Channel, order: dict) -> None:
         error_words = "stopped at the first failure"
     except _BrokenTests as error:
         broken = str(error)
-    except (NameError, ImportError, SyntaxError) as error:
-        if isinstance(error, CandidateError):
-            error_words = _in_words(error)
-        else:
-            broken = _in_words(error)
     except Exception as error:
-        error_words = _in_words(error)
+        if _is_of_tests(error, counter):
+            broken = _in_words(error)
+        else:
+            error_words = _in_words(error)
     # The first is what a log shows; all of them might not fit into a line.
     failed = [[index, words] for index, words in sorted(asserts.failed.items())][:1]
     held = sorted(asserts.held - set(asserts.failed))

@@ -42,12 +42,15 @@ class Jail:
 
     def __init__(self, command: Sequence[str], *, paths: Sequence[str] | None, user: int | None, is_unsafe: bool) -> None:
         self.is_unsafe = is_unsafe
-        self.control, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.control, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise JailError(f"no socket for a jail can be made ({error.strerror})") from error
         settings = json.dumps({"control": inner.fileno(), "paths": None if paths is None else list(paths)})
         identity = {} if user is None else {"user": user, "group": user, "extra_groups": ()}
         try:
             self._process = subprocess.Popen(
-                [*command, "-s", "-S", "-P", "-B", "-c", _jail_program(), settings],
+                [*command, "-s", "-S", "-B", "-c", _jail_program(), settings],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -57,9 +60,10 @@ class Jail:
                 start_new_session=True,
                 **identity,
             )
-        except OSError as error:
+        except (OSError, subprocess.SubprocessError) as error:
             self.control.close()
-            raise JailError(f"{command[0]} cannot be started ({error.strerror})") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise JailError(f"{command[0]} cannot be started ({reason})") from error
         finally:
             inner.close()
         try:
@@ -90,7 +94,7 @@ class Jail:
         order = {
             "program_bytes": len(program),
             "memory_bytes": limits.memory_bytes,
-            "cpu_s": int(limits.wall_s) + 2,
+            "cpu_s": cpu_limit_s(limits),
             "is_unsafe": self.is_unsafe,
         }
         text = sealed_file(program)
@@ -107,6 +111,10 @@ class Jail:
         with contextlib.suppress(OSError):
             self.control.send(b"kill")
 
+    def interrupt(self) -> None:
+        """Ends the jail under whoever waits for a program in it; may be called from another thread."""
+        self._process.kill()
+
     def close(self) -> None:
         """Ends the jail and everything in it."""
         self.control.close()
@@ -119,18 +127,35 @@ class Jail:
 
 @cache
 def _jail_program() -> str:
-    return Path(__file__).with_name("jail_main.py").read_text(encoding="utf-8")
+    # `-c` puts the working directory first of all places to import from, and -P, which does not, is younger than Python 3.9.
+    return "import sys\nsys.path[:] = [path for path in sys.path if path]\n" + Path(__file__).with_name("jail_main.py").read_text(
+        encoding="utf-8"
+    )
 
 
 def sealed_file(content: bytes) -> int:
-    """Returns a descriptor of a file in memory that nobody can change any more."""
-    descriptor = os.memfd_create("vlpost", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    """Returns a descriptor of a file in memory that nobody can change any more; a `JailError` when there is no room for it."""
+    descriptor = -1
+    try:
+        descriptor = os.memfd_create("vlpost", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise JailError(f"no file in memory can be made ({error.strerror})") from error
     return descriptor
+
+
+def open_pipe() -> tuple[int, int]:
+    """Returns a pipe to read from and to write to; a `JailError` when this process has no descriptor left."""
+    try:
+        return os.pipe()
+    except OSError as error:
+        raise JailError(f"no pipe can be made ({error.strerror})") from error
 
 
 class Running:
@@ -144,8 +169,13 @@ class Running:
         self._num_out = 0
         self._ended: dict[str, object] | None = None
         self._stopped: tuple[Status, str] | None = None
-        out_read, out_write = os.pipe()
-        err_read, err_write = os.pipe()
+        out_read, out_write = open_pipe()
+        try:
+            err_read, err_write = open_pipe()
+        except JailError:
+            os.close(out_read)
+            os.close(out_write)
+            raise
         self._streams = {out_read: self.stdout, err_read: self._stderr}
         self._out = out_read
         for descriptor in self._streams:
@@ -159,7 +189,7 @@ class Running:
             os.close(out_write)
             os.close(err_write)
         self._started = time.monotonic()
-        self._seconds = 0.0
+        self._seconds = self._cpu_s = 0.0
 
     @property
     def is_running(self) -> bool:
@@ -169,30 +199,40 @@ class Running:
     def pump(self, timeout_s: float) -> None:
         """Waits for output or the end, at most so long, and takes what there is; stops a program that is over a limit."""
         left = self._started + self._limits.wall_s - time.monotonic()
-        if self._stopped is None and left <= 0:
-            self.stop("time_limit", f"ran longer than {self._limits.wall_s:g} s")
         if self._stopped is not None:
             left = END_S
         poll = select.poll()
         poll.register(self._jail.control, select.POLLIN)
         for descriptor in self._streams:
             poll.register(descriptor, select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(min(left, timeout_s) * 1000 + 1)]
+        ready = [descriptor for descriptor, _ in poll.poll(max(0.0, min(left, timeout_s)) * 1000 + 1)]
         for descriptor in ready:
             if descriptor in self._streams:
                 self._read(descriptor)
         if self._jail.control.fileno() in ready:
-            self._ended = self._jail.receive(0.0, "code")
-            self._seconds = time.monotonic() - self._started
-            for descriptor in list(self._streams):  # everything that could write is dead: what is in the pipes is all
-                while descriptor in self._streams and self._read(descriptor):
-                    pass
+            self._end(self._jail.receive(0.0, "code"))
+        elif self._stopped is None and time.monotonic() >= self._started + self._limits.wall_s:
+            self.stop("time_limit", f"ran longer than {self._limits.wall_s:g} s")
+
+    def _end(self, ended: dict[str, object]) -> None:
+        """Takes the end of the process down. The jail's clock counts: this process may have been late to look."""
+        self._ended = ended
+        seconds, cpu_s = ended["seconds"], ended["cpu_s"]
+        assert isinstance(seconds, float), "jail_main sends seconds"
+        assert isinstance(cpu_s, float), "jail_main sends seconds"
+        self._seconds, self._cpu_s = seconds, cpu_s
+        for descriptor in list(self._streams):  # everything that could write is dead: what is in the pipes is all
+            while descriptor in self._streams and self._read(descriptor):
+                pass
+        if self._stopped is None and seconds > self._limits.wall_s:
+            self._stopped = ("time_limit", f"ran longer than {self._limits.wall_s:g} s")
 
     def stop(self, status: Status, reason: str) -> None:
-        """Has the program killed; the first reason counts."""
+        """Has the program killed, if it has not ended; the first reason counts."""
         if self._stopped is None:
             self._stopped = (status, reason)
-            self._jail.kill_program()
+            if self.is_running:
+                self._jail.kill_program()
 
     def _read(self, descriptor: int) -> bool:
         """Takes what is in a pipe; returns False when nothing was."""
@@ -226,7 +266,7 @@ class Running:
         assert self._ended is not None, "the loop ends with it"
         code = self._ended["code"]
         assert isinstance(code, int), "jail_main sends whole numbers"
-        status, reason = self._stopped or _status_of(code)
+        status, reason = self._stopped or _status_of(code, used_up=self._cpu_s >= cpu_limit_s(self._limits) - 0.5)
         return Execution(
             status=status,
             stdout=bytes(self.stdout),
@@ -243,11 +283,27 @@ class Running:
         self._streams = {}
 
 
-def _status_of(code: int) -> tuple[Status, str]:
+def cpu_limit_s(limits: Limits) -> int:
+    """Returns the processor time that a program may use, seconds: more than one thread on one processor can in its time."""
+    return int(limits.wall_s) + 2
+
+
+def _status_of(code: int, *, used_up: bool) -> tuple[Status, str]:
     if code == 0:
         return "finished", ""
     if code == MEMORY_EXIT:
         return "memory_limit", "out of memory"
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+    if code in (-signal.SIGXCPU, -signal.SIGKILL) and used_up:
         return "time_limit", "used more processor time than it may run"
-    return "runtime_error", f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code == -signal.SIGKILL:
+        # A program cannot do that to itself: its filter has no way to.
+        return "internal_error", "killed from outside, as the system does when the machine's memory runs out"
+    return "runtime_error", f"ended by signal {signal_name(-code)}" if code < 0 else f"exit code {code}"
+
+
+def signal_name(number: int) -> str:
+    """Returns SIGSEGV for 11, and `signal 40` in words for those that Python has no name for."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -110,9 +110,10 @@ def _interpreter(user: int | None) -> str | None:
 
 def _readable(interpreter: str) -> tuple[str, ...]:
     """Returns the folders that hold the interpreter, its library and the shared libraries."""
-    prefix = str(Path(interpreter).parent.parent)
-    candidates = [prefix, "/usr", "/lib", "/lib64"]
-    return tuple(dict.fromkeys(path for path in candidates if Path(path).is_dir() and path != "/"))
+    # Not the whole prefix: that of ~/bin/python3 is the home, with every token in it.
+    prefix = Path(interpreter).parent.parent
+    candidates = ["/usr", "/lib", "/lib64", *(str(prefix / name) for name in ("lib", "lib64") if not prefix.is_relative_to("/usr"))]
+    return tuple(dict.fromkeys(path for path in candidates if Path(path).is_dir()))
 
 
 def _bubblewrap(interpreter: str, user: int | None) -> Backend | str:
@@ -122,6 +123,8 @@ def _bubblewrap(interpreter: str, user: int | None) -> Backend | str:
     mounts: list[str] = []
     for path in _readable(interpreter):
         mounts += ["--symlink", os.readlink(path), path] if Path(path).is_symlink() else ["--ro-bind", path, path]
+    if not Path(interpreter).is_relative_to("/usr"):
+        mounts += ["--ro-bind", interpreter, interpreter]
     for device in ("null", "zero", "urandom", "random"):
         mounts += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     inside = ["--clearenv"]
@@ -149,8 +152,10 @@ def _fault(backend: Backend) -> str | None:
             stdin = sealed_file(b"")
             try:
                 running = Running(jail, program.encode(), limits=limits, stdin=stdin)
-                execution = running.finish()
-                running.close()
+                try:
+                    execution = running.finish()
+                finally:
+                    running.close()
             finally:
                 os.close(stdin)
             printed = execution.stdout.decode(errors="replace")

@@ -27,6 +27,7 @@ from typing import IO, Any, TypeVar
 from PIL import Image as PILImage
 
 from ..model.records import Example, Group, ImagePart, MediaPart, Message, Part, Rollout, TextPart, VideoPart
+from .jail import signal_name
 from .plugin import Answered
 from .result import RewardResult, Unavailable
 from .worker import WorkerError
@@ -75,15 +76,20 @@ def encode_frame(message: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> lis
     return [_LENGTH.pack(len(text)) + text, *blobs]
 
 
-def read_frame(read: Callable[[int], bytes], *, max_bytes: int = MAX_FRAME_BYTES) -> tuple[dict[str, Any], list[bytes]]:
+def read_frame(
+    read: Callable[[int], bytes], *, max_bytes: int = MAX_FRAME_BYTES, max_blob_bytes: int | None = None
+) -> tuple[dict[str, Any], list[bytes]]:
     """Returns message and blobs; `read(n)` returns exactly n bytes. A `ValueError` if what was read is no frame."""
     (length,) = _LENGTH.unpack(read(_LENGTH.size))
     if length > max_bytes:
         raise ValueError(f"a frame of {length} bytes, at most {max_bytes}")
     message = json.loads(read(length))
-    if not isinstance(message, dict) or not isinstance(message.get("blobs"), list):
+    sizes = message.get("blobs") if isinstance(message, dict) else None
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError("a frame that holds no object with blobs")
-    return message, [read(int(size)) for size in message["blobs"]]
+    if max_blob_bytes is not None and sum(sizes) > max_blob_bytes:
+        raise ValueError(f"blobs of {sum(sizes)} bytes, at most {max_blob_bytes}")
+    return message, [read(size) for size in sizes]
 
 
 def encode_groups(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[bytes]]:
@@ -341,7 +347,7 @@ class PluginProcess:
             return self._read(count, deadline=deadline, limit_s=limit_s)
 
         try:
-            message, _blobs = read_frame(read, max_bytes=MAX_REPLY_BYTES)
+            message, _blobs = read_frame(read, max_bytes=MAX_REPLY_BYTES, max_blob_bytes=0)
         except (ValueError, RecursionError) as error:
             raise ProcessFaultError(f"its reply is garbage: {str(error)[:200]}") from error
         return message
@@ -374,7 +380,7 @@ class PluginProcess:
             status = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return " or closed its pipe"
-        return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
+        return f" by {signal_name(-status)}" if status < 0 else f" with exit status {status}"
 
     def _memory_mib(self) -> int:
         """Returns the resident memory; 0 where the system does not tell."""

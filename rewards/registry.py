@@ -27,6 +27,7 @@ from ..model.config import Settings
 from ..model.records import Example
 from . import (
     code_execution,
+    code_switching,
     grounding,
     json_answer,
     llm_judge,
@@ -59,6 +60,7 @@ _TABLES: tuple[Mapping[str, BuiltInReward], ...] = (
     json_answer.REWARDS,
     response_format.REWARDS,
     repetition.REWARDS,
+    code_switching.REWARDS,
     code_execution.REWARDS,
     llm_judge.REWARDS,
 )

@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 from .execution import Execution, Limits, SandboxError, Session, Status
-from .jail import Jail, JailError, Running, sealed_file
+from .jail import Jail, JailError, Running, open_pipe, sealed_file
 from .jail_backends import Backend, probe
 from .remote_sandbox import RemoteSandbox
 from .sandbox_config import SandboxConfig
@@ -54,11 +55,14 @@ class _LocalSession:
 
     def receive(self, *, timeout_s: float) -> bytes:
         deadline = time.monotonic() + timeout_s
+        printed, num_searched = self._running.stdout, 0
         while True:
-            line, found, rest = self._running.stdout.partition(b"\n")
-            if found:
-                self._running.stdout[:] = rest
-                return bytes(line)
+            end = printed.find(b"\n", num_searched)
+            if end >= 0:
+                line = bytes(memoryview(printed)[:end])
+                del printed[: end + 1]
+                return line
+            num_searched = len(printed)
             if not self._running.is_running:
                 raise EOFError("the program has ended")
             left = deadline - time.monotonic()
@@ -95,8 +99,9 @@ class Sandbox:
     """Runs programs, several at once; a context manager that leaves no process behind.
 
     Example: `with Sandbox(SandboxConfig()) as sandbox: sandbox.run("print(input())", stdin=b"7", limits=limits).stdout`. Entering tries
-    the backends and raises `SandboxError` when none holds. A jail is taken for each program and given back; when more threads ask than
-    there are jails, further ones are started.
+    the backends and raises `SandboxError` when none holds. A jail is taken for each program and given back. As many threads as there are
+    workers have programs at a time, the others wait; a thread that has one gets further ones at once, as a problem of two programs needs
+    them, so that no two threads wait for each other. Hence a thread with an open session must not wait for another thread's program.
     """
 
     def __init__(self, config: SandboxConfig) -> None:
@@ -104,7 +109,10 @@ class Sandbox:
         self._backend: Backend | None = None
         self._remote: RemoteSandbox | None = None
         self._idle: list[Jail] = []
+        self._busy: set[Jail] = set()
         self._lock = threading.Lock()
+        self._workers = threading.Semaphore(config.num_workers)
+        self._num_taken: Counter[int] = Counter()
         # bubblewrap's --die-with-parent follows the thread that started it: this one lives as long as the sandbox.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox")
         self._is_open = False
@@ -119,8 +127,10 @@ class Sandbox:
         self._backend, self._refusals = probe(self._config)
         self._is_open = True
         try:
-            self._idle = [self._start() for _ in range(self._config.num_workers)]
+            for _ in range(self._config.num_workers):
+                self._idle.append(self._start())
         except JailError as error:
+            self.__exit__(None, None, None)
             raise SandboxError(
                 f"sandbox: {self._backend.name} held in the probe, and then a jail could not be started ({error})"
             ) from error
@@ -133,6 +143,9 @@ class Sandbox:
         with self._lock:
             self._is_open = False
             idle, self._idle = self._idle, []
+            busy = list(self._busy)
+        for jail in busy:
+            jail.interrupt()  # whoever waits for it gets an internal error, and closes it
         for jail in idle:
             jail.close()
         self._starter.shutdown()
@@ -165,14 +178,15 @@ class Sandbox:
         encoded = _encoded(program)
         if isinstance(encoded, Execution):
             return encoded
-        source = sealed_file(stdin)
         try:
-            with self._running(encoded, limits=limits, stdin=source) as running:
-                return running.finish()
+            source = sealed_file(stdin)
+            try:
+                with self._running(encoded, limits=limits, stdin=source) as running:
+                    return running.finish()
+            finally:
+                os.close(source)
         except JailError as error:
             return _failed("internal_error", str(error))
-        finally:
-            os.close(source)
 
     def open_session(self, program: str, *, limits: Limits) -> AbstractContextManager[Session]:
         """Returns a program that is talked to line by line; leaving the block ends it. Raises `SandboxError` when it cannot be started."""
@@ -185,7 +199,10 @@ class Sandbox:
         encoded = _encoded(program)
         if isinstance(encoded, Execution):
             raise SandboxError(f"the program cannot be started: {encoded.reason}")
-        stdin_read, stdin_write = os.pipe()
+        try:
+            stdin_read, stdin_write = open_pipe()
+        except JailError as error:
+            raise SandboxError(f"the program cannot be started: {error}") from error
         os.set_blocking(stdin_write, False)
         session: _LocalSession | None = None
         try:
@@ -207,31 +224,66 @@ class Sandbox:
     @contextmanager
     def _running(self, program: bytes, *, limits: Limits, stdin: int) -> Iterator[Running]:
         """Takes a jail, starts the program in it, and gives the jail back if the program is gone at the end."""
-        jail = self._take()
-        is_sound = False
-        try:
-            running = Running(jail, program, limits=limits, stdin=stdin)
+        with self._worker():
+            jail = self._take()
+            is_sound = False
             try:
-                yield running
-                is_sound = not running.is_running
+                running = Running(jail, program, limits=limits, stdin=stdin)
+                try:
+                    yield running
+                    is_sound = not running.is_running
+                finally:
+                    running.close()
             finally:
-                running.close()
+                self._give_back(jail, is_sound=is_sound)
+
+    @contextmanager
+    def _worker(self) -> Iterator[None]:
+        """Waits until this thread may have a program; one that has one already need not wait."""
+        thread = threading.get_ident()
+        with self._lock:
+            has_one = self._num_taken[thread] > 0
+            if has_one:
+                self._num_taken[thread] += 1
+        if not has_one:
+            self._workers.acquire()
+            with self._lock:
+                self._num_taken[thread] += 1
+        try:
+            yield
         finally:
-            self._give_back(jail, is_sound=is_sound)
+            with self._lock:
+                self._num_taken[thread] -= 1
+                has_left = self._num_taken[thread] == 0
+                if has_left:
+                    del self._num_taken[thread]
+            if has_left:
+                self._workers.release()
 
     def _take(self) -> Jail:
+        assert self._backend is not None, "a sandbox is used inside its `with` block"
         with self._lock:
-            assert self._is_open, "a sandbox is used inside its `with` block"
-            if self._idle:
-                return self._idle.pop()
-        return self._start()
+            jail = self._idle.pop() if self._idle else None
+        if jail is None:
+            jail = self._start()
+        with self._lock:
+            if self._is_open:
+                self._busy.add(jail)
+                return jail
+        jail.close()
+        raise JailError("the sandbox has been closed")
 
     def _start(self) -> Jail:
         assert self._backend is not None, "it is open"
-        return self._starter.submit(self._backend.jail).result()
+        try:
+            starting = self._starter.submit(self._backend.jail)
+        except RuntimeError as error:
+            raise JailError("the sandbox has been closed") from error
+        return starting.result()
 
     def _give_back(self, jail: Jail, *, is_sound: bool) -> None:
         with self._lock:
+            self._busy.discard(jail)
             if is_sound and self._is_open and len(self._idle) < 2 * self._config.num_workers:
                 self._idle.append(jail)
                 return

@@ -2,6 +2,8 @@
 
 import os
 
+from hypothesis import settings
+
 # Nothing leaves the machine: no telemetry, no look-up on a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -22,3 +24,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 # Spinning OpenMP threads make everything ten times slower on a machine that something else uses too.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+# How long an example takes is the machine's business.
+settings.register_profile("vlpost", deadline=None)
+settings.load_profile("vlpost")

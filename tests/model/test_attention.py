@@ -67,7 +67,7 @@ SIZES = st.tuples(st.integers(1, 12), st.integers(1, 8))
 
 
 @given(forests(), SIZES, st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_plan_equals_a_dense_mask_forward_and_backward(segments, sizes, heads):
     inputs = random_inputs(segments[-1].end, heads=heads[0], key_value_heads=heads[1])
     expected = dense_attention(*inputs, dense_mask(segments), 0.7)
@@ -80,7 +80,7 @@ def test_plan_equals_a_dense_mask_forward_and_backward(segments, sizes, heads):
 
 
 @given(forests(), SIZES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_flash_kernel_equals_the_dense_mask_in_fp32(segments, sizes):
     inputs = [part.detach().float().requires_grad_() for part in random_inputs(segments[-1].end, heads=4, key_value_heads=2, width=32)]
     expected = dense_attention(*inputs, dense_mask(segments), 0.2)
@@ -92,7 +92,7 @@ def test_the_flash_kernel_equals_the_dense_mask_in_fp32(segments, sizes):
 
 
 @given(forests(), SIZES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_calls_compute_every_visible_pair_once_and_no_other(segments, sizes):
     plan = plan_attention(segments, group_tokens=sizes[0], piece_tokens=sizes[1])
     counts = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.int64)
@@ -181,7 +181,7 @@ def _scores(query, key, is_causal, scale):
 
 
 @given(forests())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_passes_for_cuda_compute_the_same_with_a_kernel_of_the_same_contract(segments):
     inputs = random_inputs(segments[-1].end, heads=4, key_value_heads=2)
     plan = plan_attention(segments)

@@ -203,7 +203,7 @@ def test_the_instruct_variant_writes_content_as_it_is():
 
 
 @given(thought=st.text(alphabet="ab \n", max_size=8).map(str.strip), answer=st.text(alphabet="ab<>", min_size=1, max_size=8))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_prompt_plus_sampled_response_is_the_rendered_conversation(thought, answer):
     question = [turn("user", [IMAGE, text("q")])]
     response = f"{thought}\n</think>\n\n{answer}"

@@ -120,7 +120,7 @@ def test_autocast_is_followed_in_forward_and_backward(divergence):
     vocabulary_block=st.integers(1, 25),
     divergence=st.sampled_from(list(DIRECTIONS.values())),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_blocks_and_any_size_of_logits(seed, scale, token_block, vocabulary_block, divergence):
     inputs = random_inputs(seed=seed, scale=scale)
     allowed = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(seed)) < 0.3
@@ -138,7 +138,7 @@ def test_any_blocks_and_any_size_of_logits(seed, scale, token_block, vocabulary_
 
 
 @given(seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 1.0, 30.0]), divergence=st.sampled_from(list(DIRECTIONS.values())))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equal_distributions_have_no_divergence_and_no_gradient(seed, scale, divergence):
     hidden, head, *_ = random_inputs(seed=seed, scale=scale)
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +150,7 @@ def test_equal_distributions_have_no_divergence_and_no_gradient(seed, scale, div
 
 
 @given(seed=st.integers(0, 1000), divergence=st.sampled_from(list(DIRECTIONS.values())))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_order_of_the_ids_does_not_matter(seed, divergence):
     hidden, head, reference_hidden, reference_head = random_inputs(seed=seed)
     order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))

@@ -274,7 +274,7 @@ def test_one_layer_equals_the_loss_of_transformers_divided_by_the_experts_of_a_t
 
 
 @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 24), max_size=3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_parts_sum_to_the_whole_and_copies_are_repetitions(seed, cuts):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 24, 5, generator=generator, dtype=torch.float64)

@@ -84,7 +84,7 @@ def test_gradient_equals_finite_differences():
     token_block=st.integers(1, 9),
     vocabulary_block=st.integers(1, 25),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_blocks_and_any_size_of_logits(seed, scale, token_block, vocabulary_block):
     hidden, head = random_inputs(seed=seed, scale=scale)
     generator = torch.Generator().manual_seed(seed)

@@ -241,7 +241,7 @@ def plain_sequence(num_prompt, num_trained, first=1):
 @given(
     st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=4), min_size=1, max_size=4).filter(lambda lengths: any(map(any, lengths)))
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_weights_of_a_step_sum_to_one_and_follow_internvl(weighting, lengths):
     families = weigh([[plain_sequence(2, length) for length in family] for family in lengths], weighting)
     members = [member for family in families for member in family]
@@ -316,7 +316,7 @@ def chain(batch, index):
 
 
 @given(step, st.integers(15, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packing_of_random_trees(families, budget):
     weighted = [[Weighted(sequence=sequence, token_weight=0.01 * (i + 1)) for sequence in family] for i, family in enumerate(families)]
     given_ids = {id(member.sequence): member for family in weighted for member in family}
@@ -345,7 +345,7 @@ def test_packing_of_random_trees(families, budget):
 
 
 @given(step)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_distinct_prefix_stands_once(families):
     batches = pack(
         [[Weighted(sequence=s, token_weight=1.0) for s in family] for family in families], media=FakeMedia(), token_budget=10_000

@@ -55,7 +55,7 @@ def write(pieces):
 
 
 @given(st.lists(st.one_of(text, image, video), min_size=1, max_size=6))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_equal_to_transformers(rope_index, pieces):
     written = write(pieces)
     positions = ours(*written)

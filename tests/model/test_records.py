@@ -70,7 +70,7 @@ def test_the_shape_counts_and_the_encoding_does_not():
     assert ImagePart.from_bytes(encoded(picture(), "PNG"), "x") == ImagePart.from_image(picture())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(pixels=st.binary(min_size=18, max_size=18), place=st.integers(0, 17), other=st.integers(1, 255))
 def test_any_other_pixel_is_another_image(pixels, place, other):
     changed = bytearray(pixels)
@@ -123,7 +123,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
         ImagePart.from_bytes(encoded(picture(), "PNG"), "here")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]),
     changes=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), min_size=1, max_size=4),

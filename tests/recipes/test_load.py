@@ -160,7 +160,7 @@ def test_a_missing_key_is_named(refusal, old, new, words):
     ("old", "new", "words"),
     [
         ("method: rl", "method: rll", "method = 'rll': must be one of 'sft', 'rl', 'evaluate', 'chain'"),
-        ("use: handwriting", "use: handwritten", "data: use = 'handwritten': must be one of 'handwriting', 'jsonl'"),
+        ("use: handwriting", "use: handwritten", "data: use = 'handwritten': must be one of 'handwriting', 'jsonl', 'mix'"),
         ("name: grpo", "name: ppo", "rl.policy_loss: name = 'ppo': must be one of 'sapo', 'grpo', 'gspo', 'reinforce'"),
         ("group_size: 2", "group_size: 1", "rl.group_size = 1: Input should be greater than or equal to 2"),
         ("num_steps: 3", "num_steps: many", "rl.num_steps = 'many': Input should be a valid integer, unable to parse string as an integer"),
@@ -396,7 +396,7 @@ def test_the_typos_reach_every_key_of_the_quickstart():
     assert ("stages", "sapo", "rl", "policy_loss", "name") in KEYS
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(typo=typos())
 def test_a_typo_in_any_key_is_refused_with_file_and_key(typo, tmp_path_factory):
     path, changed = typo

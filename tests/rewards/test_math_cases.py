@@ -109,7 +109,7 @@ def test_dress_of_the_examples_answer_changes_no_normal_form(dress):
     assert [answer for answer in answers if example_answer(dress.format(answer)) != example_answer(answer)] == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS, TEXTS)
 def test_the_part_in_the_trainer_is_total_and_symmetric_where_it_decides_by_text(make_example, make_rollout, one, other):
     result = math_answer(make_example(one), make_rollout(other))
@@ -124,7 +124,7 @@ def test_the_part_in_the_trainer_is_total_and_symmetric_where_it_decides_by_text
     assert known_equal(*normal, decimal_places=6) in (True, False, None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NUMBERS, NUMBERS)
 def test_exact_numbers_agree_with_fractions_and_both_ways(one, other):
     quantities = [read_quantity(expression(text)) for text in (one, other)]
@@ -137,7 +137,7 @@ def test_exact_numbers_agree_with_fractions_and_both_ways(one, other):
     assert known_equal(expression(other), expression(one), decimal_places=6) is (values[0] == values[1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 9999))
 def test_chinese_and_english_numerals_are_read_as_their_number(number):
     digits, units = "零一二三四五六七八九", ("", "十", "百", "千")

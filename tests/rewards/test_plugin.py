@@ -159,7 +159,6 @@ def hostile_rewards(make_manager):
         ("garbage", "its reply is garbage"),
         ("long garbage", "its reply is garbage: a frame of 4294967295 bytes"),
         ("close", "the process died or closed its pipe"),
-        ("eat", "its memory grew to"),
         ("raise", "ZeroDivisionError: division by zero"),
         ("exit", "SystemExit: 3"),
         ("interrupt", "KeyboardInterrupt"),
@@ -179,6 +178,13 @@ def test_a_hostile_call_costs_its_own_row_only(text, words, hostile_rewards, mak
     (unjudged,) = group.unjudged
     assert unjudged.rollout.text == text
     assert words in unjudged.reasons["it"]
+
+
+def test_a_call_that_eats_memory_is_ended_at_the_limit(make_manager, make_group):
+    with make_manager("hostile", timeout_s=60.0, max_memory_mib=256) as rewards:
+        (group,) = rewards.score([make_group("1", "fine", "eat", "good")])
+    assert [outcome.score.reward for outcome in group.judged] == [4.0, 4.0]
+    assert "its memory grew to" in group.unjudged[0].reasons["it"]
 
 
 @pytest.mark.parametrize(("text", "value"), [("print", 5.0), ("forge", 5.0), ("stderr", 0.0), ("metrics", 2.0)])
@@ -207,7 +213,7 @@ BAD = st.sampled_from(["raise", "nan", "text", "none", "exit", "kill itself"])
 
 
 # A process that dies is started anew: a quarter of a second.
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(groups=st.lists(st.lists(GOOD | BAD, min_size=1, max_size=4), min_size=1, max_size=3), seed=st.randoms(use_true_random=False))
 def test_verdicts_do_not_depend_on_hostile_neighbours_or_order(groups, seed, hostile_rewards, make_group):
     made = [make_group("1", *texts, number=number) for number, texts in enumerate(groups)]

@@ -1,6 +1,7 @@
 """The jails: what honest programs may do, what no program may, how each ends, and what is left behind."""
 
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -67,6 +68,13 @@ def printed(sandbox, program, stdin=b""):
         ("import sys\nsys.setrecursionlimit(50000)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(20000))", b"", "20000\n"),
         ("class A:\n    x = 1\nprint(A.__module__, __name__, A().x)", b"", "__main__ __main__ 1\n"),
         ("import os; print(os.getcwd(), os.listdir('/usr') != [])", b"", "/ True\n"),
+        ("import atexit\natexit.register(print, 'end')\nprint('begin')", b"", "begin\nend\n"),
+        ("import io\nout = io.TextIOWrapper(io.FileIO(1, 'w', closefd=False))\nout.write('kept')", b"", "kept"),
+        (
+            "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool: print(list(pool.map(abs, [-1, 2])))",
+            b"",
+            "[1, 2]\n",
+        ),
     ],
 )
 def test_honest_programs_run(sandbox, program, stdin, output):
@@ -74,7 +82,7 @@ def test_honest_programs_run(sandbox, program, stdin, output):
 
 
 @given(st.binary(max_size=2000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_input_arrives_byte_by_byte(content):
     with Sandbox(SandboxConfig(backend="landlock", num_workers=1)) as sandbox:
         execution = sandbox.run("import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())", stdin=content, limits=LIMITS)
@@ -161,12 +169,17 @@ FORBIDDEN = {
     "leave by chroot": "os.chroot('/')",
     "a session of its own": "os.setsid()",
     "memory in a file": "os.memfd_create('x')",
+    "truncate without writing": "os.open('/usr/bin/env', os.O_RDONLY | os.O_TRUNC)",
+    "own a descriptor's signals": "__import__('fcntl').fcntl(0, __import__('fcntl').F_SETOWN, os.getppid())",
+    "a pair of datagram sockets": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+    "send to an address": "socket.socketpair()[0].sendto(b'x', '/run/any')",
+    "end itself as the system would": "signal.pthread_kill(__import__('threading').get_ident(), signal.SIGKILL)",
 }
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_what_is_forbidden_fails(sandbox, name):
-    execution = sandbox.run(f"import os, socket\n{FORBIDDEN[name]}\nprint('done')", limits=LIMITS)
+    execution = sandbox.run(f"import os, signal, socket\n{FORBIDDEN[name]}\nprint('done')", limits=LIMITS)
     assert execution.status == "runtime_error"
     assert execution.stdout == b""
     assert b"Error" in execution.stderr
@@ -188,6 +201,7 @@ def test_what_is_forbidden_fails(sandbox, name):
         (434, "1, 0"),  # pidfd_open
         (29, "0, 4096, 0o1600"),  # shmget
         (0x40000000 + 39, ""),  # getpid by x32
+        (449, "0, 0, 0, 0, 0"),  # futex_waitv: on no list
     ],
 )
 def test_calls_of_the_kernel_are_closed(sandbox, number, arguments):
@@ -195,8 +209,9 @@ def test_calls_of_the_kernel_are_closed(sandbox, number, arguments):
     assert printed(sandbox, f"import ctypes\nprint({call}, ctypes.get_errno())") == "-1 1\n"
 
 
-def test_clone3_is_missing_so_that_threads_still_start(sandbox):
-    program = "import ctypes\nlib = ctypes.CDLL(None, use_errno=True)\nprint(lib.syscall(435, 0, 0), ctypes.get_errno())"
+@pytest.mark.parametrize("number", [435, 451, 463, 9999])
+def test_clone3_and_calls_of_newer_kernels_are_missing_so_that_libraries_take_older_ones(sandbox, number):
+    program = f"import ctypes\nlib = ctypes.CDLL(None, use_errno=True)\nprint(lib.syscall({number}, 0, 0), ctypes.get_errno())"
     assert printed(sandbox, program) == "-1 38\n"
 
 
@@ -365,6 +380,70 @@ def test_a_session_has_its_limits(sandbox):
         pytest.raises(TimeoutError, match=r"did not read in 0\.2 s"),
     ):
         session.send(b"x" * 1_000_000, timeout_s=0.2)
+
+
+def test_no_more_threads_than_workers_have_programs(sandbox):
+    with Sandbox(SandboxConfig(backend=sandbox.backend, num_workers=1)) as one, ThreadPoolExecutor(8) as pool:
+        started = pool.map(lambda _: one.run("import time\nprint(time.monotonic())\ntime.sleep(0.1)", limits=LIMITS), range(5))
+        times = sorted(float(execution.stdout) for execution in started)
+        assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(times))
+        assert len(one._idle) == 1
+
+
+def test_closing_ends_a_program_that_runs(sandbox):
+    with ThreadPoolExecutor(1) as pool:
+        with Sandbox(SandboxConfig(backend=sandbox.backend, num_workers=1)) as one:
+            running = pool.submit(one.run, "import time\ntime.sleep(60)", limits=limits(wall_s=60.0))
+            while not one._busy:
+                time.sleep(0.01)
+        assert running.result(timeout=10.0).status == "internal_error"
+
+
+def test_without_descriptors_nothing_leaks_and_it_is_no_fault_of_the_program():
+    # In a process of its own: the limit would take the test runner's descriptors too.
+    program = """
+        import os, resource
+        from vlpost.rewards.execution import Limits
+        from vlpost.rewards.sandbox import Sandbox
+        from vlpost.rewards.sandbox_config import SandboxConfig
+
+        limits = Limits(wall_s=10.0, memory_bytes=256 * 2**20, output_bytes=1000)
+        with Sandbox(SandboxConfig(backend="landlock", num_workers=1)) as sandbox:
+            sandbox.run("print(1)", limits=limits)
+            before = len(os.listdir("/proc/self/fd"))
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            for room in range(8):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1 + room, hard))
+                execution = sandbox.run("print(2)", limits=limits)
+                assert execution.status in ("internal_error", "finished"), execution
+                statuses = {execution.status} if room == 0 else statuses | {execution.status}
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert sandbox.run("print(3)", limits=limits).stdout == b"3\\n"
+            assert len(os.listdir("/proc/self/fd")) <= before
+            print(sorted(statuses))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.stdout == "['finished', 'internal_error']\n", done.stderr
+
+
+def test_a_program_killed_from_outside_is_no_fault_of_its_own(sandbox):
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(sandbox.run, "import sys, time\nname = 'vlpost-victim'\ntime.sleep(30)", limits=limits(wall_s=30.0))
+        deadline = time.monotonic() + 10.0
+        while not (victims := [pid for jail in sandbox._busy for pid in below(jail._process.pid)]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(victims[-1], signal.SIGKILL)
+        execution = running.result(timeout=10.0)
+    assert execution.status == "internal_error"
+    assert "from outside" in execution.reason or "jail" in execution.reason
+
+
+def below(pid):
+    """Returns the processes below one that run, parents first."""
+    children = [int(child) for child in processes("-P", pid)]
+    return [member for child in children for member in (child, *below(child))]
 
 
 def test_more_sessions_than_workers_do_not_wait_for_each_other(sandbox):

@@ -239,6 +239,8 @@ def try_all(hook):
     honest = {name: _honest_example(name, entry) for name, entry in entries.items()}
     for name, entry in entries.items():
         trial.judge(name, entry, honest[name], honest[name].answer)
+        # What is loaded once a process, as the model of languages is by way of a temporary file, is loaded by prose at the latest.
+        trial.judge(name, entry, honest[name], "This is one sentence, und dann noch einer zum Lesen.")
     trial.num_worker_verdicts = 0
     trial.num_judged.clear()
     hook.watches = True
