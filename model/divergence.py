@@ -43,6 +43,27 @@ _FORWARD_KL = _Divergence(
 )
 
 
+def _jsd(beta: float) -> _Divergence:
+    """Returns beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; in each term of the sum the first order cancels."""
+
+    def over_mixture(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns log(p / m) and log(q / m), exactly 0 where p = q; `expm1` of what is not above 0 does not overflow."""
+        p_is_larger = log_ratio > 0
+        small = torch.expm1(-log_ratio.abs())
+        log_larger = -torch.where(p_is_larger, torch.log1p(beta * small), torch.log1p((1.0 - beta) * small))
+        log_smaller = log_larger - log_ratio.abs()
+        return torch.where(p_is_larger, log_larger, log_smaller), torch.where(p_is_larger, log_smaller, log_larger)
+
+    def terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        log_p_m, log_q_m = over_mixture(log_ratio)
+        return beta * q * log_q_m + (1.0 - beta) * p * log_p_m
+
+    def slopes(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+        return (1.0 - beta) * p * over_mixture(log_ratio)[0]
+
+    return _Divergence(terms=terms, slopes=slopes)
+
+
 class _TokenDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,6 +141,31 @@ def token_forward_kl(
     seeks one of them (GKD, arXiv:2306.13649).
     """
     return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, _FORWARD_KL)
+
+
+def token_jsd(
+    hidden: Tensor,
+    head: Tensor,
+    reference_hidden: Tensor,
+    reference_head: Tensor,
+    *,
+    beta: float,
+    allowed: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Returns the generalised Jensen-Shannon divergence of the next-token distributions at each position, [N] nats.
+
+    JSD = beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, for the p (policy) and q (reference) of `token_kl`, whose
+    arguments and errors these are (GKD, arXiv:2306.13649, section 2). It tends to 0 with beta and with 1 - beta; divided by them, to
+    the forward and to the reverse KL. It is at most the entropy of (beta, 1 - beta), log 2 at 0.5. d JSD / d logit =
+    (1 - beta) p (log(p / m) - KL(p || m)) / temperature. Raises `ValueError` unless 0 < beta < 1.
+    """
+    if not 0.0 < beta < 1.0:
+        raise ValueError(
+            f"beta = {beta!r}: must be strictly between 0 and 1, at both ends the divergence is 0 whatever the policy is; for its limits "
+            "take token_forward_kl (beta to 0) or token_kl (beta to 1)"
+        )
+    return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, _jsd(beta))
 
 
 def _token_divergence(

@@ -350,7 +350,9 @@ class _Range:
 
     def _fill_pool(self) -> None:
         """Has the sandbox start as many jails as it will keep, so that later ones are not taken for what an attack left."""
-        for waited in [self._threads.submit(self._judge_one, "stdin", "import time\ntime.sleep(0.3)") for _ in range(_NUM_AT_ONCE)]:
+        # Problems of assertions take two jails each.
+        program = "import time\ndef add(a, b):\n    time.sleep(0.3)\n    return a + b"
+        for waited in [self._threads.submit(self._judge_one, "asserts", program) for _ in range(_NUM_AT_ONCE)]:
             waited.result()
         time.sleep(LEFT_BEHIND_S)
         self._recorder.take()

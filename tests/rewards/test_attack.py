@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from vlpost.rewards import attack as attack_module
 from vlpost.rewards.attack import KINDS, Attack, AttackOutcome, AttackSuiteError, attack_table, is_stopped, load_attacks, run_attacks
+from vlpost.rewards.execution import SandboxError
 
 QUICK = ("honest_program", "wrong_function", "kill_the_judge", "tcp_to_a_local_server", "always_equal_int", "token_in_the_home_folder")
 
@@ -97,6 +98,9 @@ class TestTheChecks:
 
             def __exit__(self, *_):
                 pass
+
+            def open_session(self, program, *, limits):
+                raise SandboxError("no session here")
 
             def run(self, program, *, stdin, limits):
                 numbers = stdin.split()
