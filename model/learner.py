@@ -37,8 +37,8 @@ class TokenLogprobs:
     """[N] nats, fp32"""
     entropy: Tensor
     """[N] nats, fp32, without gradient"""
-    reference_kl: Tensor | None
-    """[N] nats, fp32: exact KL(policy || reference), where a reference was handed in"""
+    divergence: Tensor | None
+    """[N] nats, fp32: over the whole vocabulary, from the reference or teacher that was handed in; `token_kl` unless told otherwise"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +52,9 @@ class Distribution:
 
 FULL_DISTRIBUTION = Distribution(temperature=1.0, allowed=None)
 """The model's own distribution: what supervised losses are about."""
+
+TokenDivergence = Callable[..., Tensor]
+"""`token_kl`, `token_forward_kl` or `token_jsd` with its beta: takes hidden states and head of policy and reference, returns [N] nats."""
 
 TokenLoss = Callable[[TokenLogprobs], Tensor]
 """Maps the outputs for a batch's N targets to the loss [N] of each."""
@@ -70,7 +73,13 @@ class Policy(nn.Module):
 
 
 def batch_logprobs(
-    model: PreTrainedModel, batch: Batch[Any], distribution: Distribution, *, vision: VisionPass, reference: ReferenceStates | None = None
+    model: PreTrainedModel,
+    batch: Batch[Any],
+    distribution: Distribution,
+    *,
+    vision: VisionPass,
+    reference: ReferenceStates | None = None,
+    divergence: TokenDivergence = token_kl,
 ) -> TokenLogprobs:
     """Returns what the model says of the batch's targets, in one forward over its unique tokens."""
     hidden = target_states(model, batch, vision=vision)
@@ -78,11 +87,29 @@ def batch_logprobs(
     logprobs, entropy = token_logprobs(
         hidden, head, token_ids=batch.target_ids, allowed=distribution.allowed, temperature=distribution.temperature
     )
-    kl = None
+    found = None
     if reference is not None:
         reference_head = head.detach() if reference.head is None else reference.head
-        kl = token_kl(hidden, head, reference.hidden, reference_head, allowed=distribution.allowed, temperature=distribution.temperature)
-    return TokenLogprobs(logprobs=logprobs, entropy=entropy, reference_kl=kl)
+        rows = min(len(head), len(reference_head))
+        found = divergence(
+            hidden,
+            head[:rows],
+            reference.hidden,
+            reference_head[:rows],
+            allowed=_first(distribution.allowed, rows=rows, of=max(len(head), len(reference_head))),
+            temperature=distribution.temperature,
+        )
+    return TokenLogprobs(logprobs=logprobs, entropy=entropy, divergence=found)
+
+
+def _first(allowed: Tensor | None, *, rows: int, of: int) -> Tensor | None:
+    """Returns which of the ids that both heads have may be drawn; raises where one that may be drawn has a row in one head only."""
+    if rows < of and (allowed is None or bool(allowed[rows:].any())):
+        raise VlpostError(
+            f"one model has {rows} rows in its head and the other {of}, and ids beyond the shorter may be drawn: "
+            "their vocabularies differ by more than padding"
+        )
+    return allowed if allowed is None else allowed[:rows]
 
 
 def target_states(model: PreTrainedModel, batch: Batch[Any], *, vision: VisionPass) -> Tensor:
@@ -104,6 +131,17 @@ def head_of(model: PreTrainedModel) -> Tensor:
     """Returns the output matrix [V, H]."""
     head: Any = model.get_output_embeddings()
     return head.weight
+
+
+def frozen_states(
+    model: PreTrainedModel, batch: Batch[Any], distribution: Distribution, *, vision: VisionPass, with_head: bool
+) -> ReferenceStates:
+    """Returns what a frozen model, a reference or a teacher, says of the batch's targets."""
+    hidden, head = target_states(model, batch, vision=vision), full_tensor(head_of(model))
+    logprobs, _ = token_logprobs(
+        hidden, head, token_ids=batch.target_ids, allowed=distribution.allowed, temperature=distribution.temperature
+    )
+    return ReferenceStates(logprobs=logprobs, hidden=hidden, head=head if with_head else None)
 
 
 class Learner:
@@ -190,7 +228,6 @@ class Learner:
         """Returns what the reference says of the batch's targets; a frozen tower's features are shared with the policy."""
         assert self._reference is not None, "a learner without an adapter needs a reference model"
         on_device = batch.to(self.accelerator.device)
-
         shared: VisionPass | None = None
         if not self._trains_vision:
             with torch.no_grad():
@@ -199,11 +236,7 @@ class Learner:
 
         def compute(model: PreTrainedModel) -> ReferenceStates:
             vision = shared or vision_pass(model.model, on_device.vision, must_run=is_sharded(self.config.layout))
-            hidden, head = target_states(model, on_device, vision=vision), full_tensor(head_of(model))
-            logprobs, _ = token_logprobs(
-                hidden, head, token_ids=on_device.target_ids, allowed=distribution.allowed, temperature=distribution.temperature
-            )
-            return ReferenceStates(logprobs=logprobs, hidden=hidden, head=head if has_own_head else None)
+            return frozen_states(model, on_device, distribution, vision=vision, with_head=has_own_head)
 
         return self._reference.run(compute)
 
@@ -213,17 +246,18 @@ class Learner:
         distribution: Distribution,
         losses: Sequence[TokenLoss],
         references: Sequence[ReferenceStates | None] | None = None,
+        divergence: TokenDivergence = token_kl,
     ) -> dict[str, Metric]:
         """Does one optimizer update and returns `loss`, of which each rank has a part, and what `optim_step` returns.
 
-        `references`, one a batch, give the losses `reference_kl`. With `router_loss_coef` the balance loss of the whole step is added
-        (`router_loss`, without the coefficient).
+        `references`, one a batch, give the losses the `divergence` from them. With `router_loss_coef` the balance loss of the whole step
+        is added (`router_loss`, without the coefficient).
         """
         if self.config.router_loss_coef:
             self._routed = self._count_routed(batches, distribution)
         references = references or [None] * len(batches)
         loss = sum(
-            self.forward_backward(batch, distribution, loss, reference=reference, is_last=index == len(batches) - 1)
+            self.forward_backward(batch, distribution, loss, reference=reference, divergence=divergence, is_last=index == len(batches) - 1)
             for index, (batch, loss, reference) in enumerate(zip(batches, losses, references, strict=True))
         )
         measured = {name: maximum(value) for name, value in self.optim_step().items()}
@@ -241,6 +275,7 @@ class Learner:
         loss: TokenLoss,
         *,
         reference: ReferenceStates | None = None,
+        divergence: TokenDivergence = token_kl,
         is_last: bool = True,
     ) -> float:
         """Adds the gradient of `(token_weights * loss(outputs)).sum()` and returns that sum.
@@ -250,7 +285,7 @@ class Learner:
         """
         is_apart = self.config.layout == "ddp" and not is_last
         with self.accelerator.no_sync(self.policy) if is_apart else nullcontext(), self._recorded_routing() as routing, self._kept():
-            outputs = self.run(self._outputs_of(batch, distribution, reference))
+            outputs = self.run(self._outputs_of(batch, distribution, reference, divergence))
             per_token = loss(outputs)
             self._watch(batch, outputs, per_token)
             weighted = (batch.token_weights.to(per_token.device) * per_token).sum()
@@ -333,12 +368,19 @@ class Learner:
         return whole
 
     def _outputs_of(
-        self, batch: Batch[Any], distribution: Distribution, reference: ReferenceStates | None = None
+        self,
+        batch: Batch[Any],
+        distribution: Distribution,
+        reference: ReferenceStates | None = None,
+        divergence: TokenDivergence = token_kl,
     ) -> Callable[[PreTrainedModel], TokenLogprobs]:
         on_device = batch.to(self.accelerator.device)
-        return lambda model: batch_logprobs(
-            model, on_device, distribution, vision=self._vision(model.model, batch, on_device), reference=reference
-        )
+
+        def compute(model: PreTrainedModel) -> TokenLogprobs:
+            vision = self._vision(model.model, batch, on_device)
+            return batch_logprobs(model, on_device, distribution, vision=vision, reference=reference, divergence=divergence)
+
+        return compute
 
     def _kept(self) -> AbstractContextManager[None]:
         """Returns the block whose activations go to the host's memory, where the settings say so."""

@@ -97,8 +97,8 @@ class MicroBatchLoss:
         match self.config.kl.estimator:
             case "exact":
                 # Of the position and not of the drawn token: no ratio corrects it.
-                assert outputs.reference_kl is not None, "the reference was handed to the update"
-                return per_token * weights + self.config.kl.coef * outputs.reference_kl
+                assert outputs.divergence is not None, "the reference was handed to the update"
+                return per_token * weights + self.config.kl.coef * outputs.divergence
             case "k2":
                 term = k2(outputs.logprobs, self.reference.logprobs, old_logprobs=old_logprobs)
             case "k3":

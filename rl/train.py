@@ -5,9 +5,8 @@ The algorithm (arXiv:2511.20347, algorithm of section 3) is `RlStage.step`, top 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import Tensor
 from ..model.chat import Chat
 from ..model.learner import Distribution, Learner
 from ..model.metrics import Metric, combine, maximum, mean, total
-from ..model.packing import Targets, Weighted, pack
-from ..model.records import Example, Group, Rollout, TrainSequence
+from ..model.packing import Weighted, pack
+from ..model.records import Example
 from ..model.reference import ReferenceStates
-from ..model.sampler import Sampler, SampleRequest, request_seed
+from ..model.rollouts import StepClock, draw_groups, speeds, train_sequence
+from ..model.sampler import Sampler, request_seed
 from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
 from ..rewards.result import JudgedRollout, ScoredGroup
@@ -69,9 +69,16 @@ class RlStage:
         `examples` are this rank's, as many as every other rank's. `check_interrupt` is called once the rollouts are there; what it raises
         drops them, and no weight has changed.
         """
-        clock = _Clock(self.phase)
+        clock = StepClock(self.phase)
         with clock.phase("rollout"):
-            groups = self._draw(step, examples)
+            groups = draw_groups(
+                examples,
+                sampler=self.sampler,
+                chat=self.chat,
+                num_rollouts=self.config.group_size,
+                temperature=self.distribution.temperature,
+                seed_of=lambda example: request_seed(self.seed, "rollout", step, example.id),
+            )
         check_interrupt()
         self.sampler.release_memory()
         with clock.phase("reward"):
@@ -91,22 +98,7 @@ class RlStage:
         measured |= token_metrics([part for rank in ranks.gather(seen) for part in rank], self.config.policy_loss)
         outcomes = [group for rank in ranks.gather(group_outcomes(scored)) for group in rank]
         summary = summarise(outcomes, full_values=self.rewards.full_values)
-        return RlStepResult(metrics={**measured, **summary.metrics(), **_speeds(measured)}, scored_groups=tuple(scored))
-
-    def _draw(self, step: int, examples: Sequence[Example]) -> list[Group]:
-        requests = [
-            SampleRequest(
-                place=example.id,
-                prompt=self.chat.encode_prompt(example.messages),
-                num_rollouts=self.config.group_size,
-                seed=request_seed(self.seed, "rollout", step, example.id),
-                temperature=self.distribution.temperature,
-            )
-            for example in examples
-        ]
-        return [
-            Group(example=example, rollouts=rollouts) for example, rollouts in zip(examples, self.sampler.sample(requests), strict=True)
-        ]
+        return RlStepResult(metrics={**measured, **summary.metrics(), **speeds(measured)}, scored_groups=tuple(scored))
 
     def _mini_batches(self, scored: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
         """Returns the packed micro-batches of each optimizer update; groups without signal have weight 0 and are left out."""
@@ -205,17 +197,6 @@ def policy_families(
     return families
 
 
-def train_sequence(example_id: str, number: int, rollout: Rollout, targets: Targets) -> TrainSequence[Targets]:
-    """Returns rollout `number` of an example as a sequence whose sampled tokens are trained."""
-    return TrainSequence(
-        place=f"{example_id}, rollout {number}",
-        token_ids=rollout.token_ids,
-        trained=rollout.sampled,
-        media=rollout.media,
-        targets=targets,
-    )
-
-
 def _less(judged: JudgedRollout, penalty: float) -> JudgedRollout:
     return replace(judged, score=replace(judged.score, reward=judged.score.reward - penalty))
 
@@ -237,31 +218,3 @@ def _rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Metric]:
         measured["solved_all_frac"] = mean(sum(min(group) > 0 for group in judged_groups) / count, count)
         measured["solved_none_frac"] = mean(sum(max(group) <= 0 for group in judged_groups) / count, count)
     return measured
-
-
-class _Clock:
-    """Seconds by phase of one step."""
-
-    def __init__(self, watched: Callable[[str], AbstractContextManager[Any]]) -> None:
-        self.watched = watched
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with self.watched(name):
-            yield
-        self.seconds[name] = time.perf_counter() - start
-
-    def metrics(self, groups: Sequence[Group]) -> dict[str, Metric]:
-        """Returns the slowest rank's seconds and, for `_speeds`, how many tokens were drawn and computed in them."""
-        measured = {f"time/{name}_s": maximum(seconds) for name, seconds in self.seconds.items()}
-        measured["sampled_tokens"] = total(sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts))
-        return measured
-
-
-def _speeds(measured: Mapping[str, float]) -> dict[str, float]:
-    return {
-        "time/sampled_tokens_per_s": measured["sampled_tokens"] / measured["time/rollout_s"],
-        "time/updated_tokens_per_s": measured.get("unique_tokens", 0.0) / measured["time/update_s"],
-    }

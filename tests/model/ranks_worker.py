@@ -174,7 +174,7 @@ def kl_step(step, models, chat, **changes):
     references = [learner.reference_states(batch, DISTRIBUTION) for batch in batches]
 
     def with_kl(loss):
-        return lambda outputs: loss(outputs) + 2.0 * outputs.reference_kl
+        return lambda outputs: loss(outputs) + 2.0 * outputs.divergence
 
     update = learner.update(batches, DISTRIBUTION, [with_kl(loss) for loss in sapo_losses(batches, learner)], references)
     return learner, learner.found, ranks.merge([update])

@@ -52,8 +52,8 @@ def update(learner, batch):
     seen = []
 
     def loss(outputs):
-        seen.append(outputs.reference_kl.detach())
-        return -outputs.logprobs + outputs.reference_kl
+        seen.append(outputs.divergence.detach())
+        return -outputs.logprobs + outputs.divergence
 
     states = learner.reference_states(batch, DISTRIBUTION)
     learner.update([batch], DISTRIBUTION, [loss], [states])

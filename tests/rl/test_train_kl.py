@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from vlpost.rl.train import policy_families, train_sequence
+from vlpost.model.rollouts import train_sequence
+from vlpost.rl.train import policy_families
 
 GROUP_SIZE = 3
 EQUAL_REWARDS = {name: ["1", "1", "1"] for name in ("e0", "e1", "e2", "e3")}

@@ -1,0 +1,78 @@
+"""Groups of rollouts for a step's examples, rollouts as sequences to train, and the seconds of a step's phases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from .chat import Chat
+from .metrics import Metric, maximum, total
+from .packing import Targets
+from .records import Example, Group, Rollout, TrainSequence
+from .sampler import Sampler, SampleRequest
+
+
+def draw_groups(
+    examples: Sequence[Example],
+    *,
+    sampler: Sampler,
+    chat: Chat,
+    num_rollouts: int,
+    temperature: float,
+    seed_of: Callable[[Example], int],
+) -> list[Group]:
+    """Returns a group of `num_rollouts` responses to each example, in order, drawn with its own seed."""
+    requests = [
+        SampleRequest(
+            place=example.id,
+            prompt=chat.encode_prompt(example.messages),
+            num_rollouts=num_rollouts,
+            seed=seed_of(example),
+            temperature=temperature,
+        )
+        for example in examples
+    ]
+    return [Group(example=example, rollouts=rollouts) for example, rollouts in zip(examples, sampler.sample(requests), strict=True)]
+
+
+def train_sequence(example_id: str, number: int, rollout: Rollout, targets: Targets) -> TrainSequence[Targets]:
+    """Returns rollout `number` of an example as a sequence whose sampled tokens are trained."""
+    return TrainSequence(
+        place=f"{example_id}, rollout {number}",
+        token_ids=rollout.token_ids,
+        trained=rollout.sampled,
+        media=rollout.media,
+        targets=targets,
+    )
+
+
+class StepClock:
+    """Seconds by phase of one step."""
+
+    def __init__(self, watched: Callable[[str], AbstractContextManager[Any]]) -> None:
+        self.watched = watched
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures the block, inside the watchdog's phase of that name."""
+        start = time.perf_counter()
+        with self.watched(name):
+            yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def metrics(self, groups: Sequence[Group]) -> dict[str, Metric]:
+        """Returns the slowest rank's seconds and, for `speeds`, how many tokens were drawn and computed in them."""
+        measured = {f"time/{name}_s": maximum(seconds) for name, seconds in self.seconds.items()}
+        measured["sampled_tokens"] = total(sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts))
+        return measured
+
+
+def speeds(measured: Mapping[str, float]) -> dict[str, float]:
+    """Returns tokens a second of rollout and update, from the merged metrics of a step."""
+    return {
+        "time/sampled_tokens_per_s": measured["sampled_tokens"] / measured["time/rollout_s"],
+        "time/updated_tokens_per_s": measured.get("unique_tokens", 0.0) / measured["time/update_s"],
+    }
