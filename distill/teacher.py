@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from PIL import ImageOps
 from transformers import PreTrainedModel
 
 from ..model.chat import Chat
@@ -12,12 +14,13 @@ from ..model.config import LearnerConfig
 from ..model.layout import build_accelerator, is_sharded, machine_dtype
 from ..model.learner import Distribution, Policy, frozen_states
 from ..model.packing import Batch, pack, weigh
-from ..model.records import DataError, TrainSequence, VlpostError
+from ..model.records import DataError, Example, ImagePart, MediaPart, TrainSequence, VideoPart, VlpostError
 from ..model.reference import FrozenCopy, ReferenceStates
 from ..model.vision import vision_pass
 
 _SHARED_VISION_FIELDS = ("patch_size", "temporal_patch_size", "spatial_merge_size")
 _SHARED_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_SCORED_TOKENS = 8
 BLIND_GAP = 1e-6
 """Nats: a teacher whose log-probs all stay within this when its image is another one does not see images."""
 
@@ -68,6 +71,22 @@ class Teacher:
                 "it does not see images. Take a teacher that does, or train on text (distill.prompts: text)"
             )
         return gap
+
+
+def sight_rows(example: Example, chat: Chat) -> tuple[TrainSequence[None], TrainSequence[None]]:
+    """Returns the example's prompt with its last tokens to be scored, and the same with every colour of its images inverted."""
+    prompt = chat.encode_prompt(example.messages)
+    num_scored = min(_SCORED_TOKENS, len(prompt.token_ids) - 1)
+    trained = (False,) * (len(prompt.token_ids) - num_scored) + (True,) * num_scored
+    row = TrainSequence(place=f"example {example.id}", token_ids=prompt.token_ids, trained=trained, media=prompt.media, targets=None)
+    return row, replace(row, media=tuple(_inverted(part) for part in prompt.media))
+
+
+def _inverted(part: MediaPart) -> MediaPart:
+    if isinstance(part, ImagePart):
+        return ImagePart.from_image(ImageOps.invert(part.image.convert("RGB")))
+    frames = [ImageOps.invert(frame.convert("RGB")) for frame in part.frames]
+    return VideoPart.from_frames(frames, fps=part.fps, frame_indices=part.frame_indices, time_format=part.time_format)
 
 
 def check_same_language(student: Chat, teacher: Chat, *, name: str) -> None:

@@ -6,6 +6,7 @@ placeholder an image or video, what vLLM takes) and *expanded* (what the model s
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from .positions import Grid, mrope_positions
-from .records import DataError, ImagePart, MediaPart, Message, TextPart, VideoPart
+from .records import DataError, ImagePart, MediaPart, Message, TextPart, TimeFormat, VideoPart
 
 _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 _TURN_END = "<|im_end|>"
@@ -121,7 +122,7 @@ class Chat:
         pads = [self.video_token_id] * (grid[1] * grid[2] // self.merge_size**2)
         expanded: list[int] = []
         for seconds in patch_times(part, patch):
-            stamp = self.tokenizer(f"<{seconds:.1f} seconds>", add_special_tokens=False)["input_ids"]
+            stamp = self.tokenizer(time_stamp(seconds, part.time_format), add_special_tokens=False)["input_ids"]
             expanded += [*stamp, self._id("<|vision_start|>"), *pads, self._id("<|vision_end|>")]
         return ProcessedMedia(pixel_values=features["pixel_values_videos"], grid=grid, placeholder_ids=tuple(expanded))
 
@@ -205,14 +206,23 @@ class Chat:
     def _render(self, messages: Sequence[Message], *, open_assistant: bool) -> str:
         for message in messages:
             for control in self._control_tokens:
-                if control in message.text:
+                if any(control in text for text in _texts_of(message)):
                     raise DataError(
                         f"a {message.role} message contains the control token {control}: remove it, "
                         "images and turns are set by parts and roles"
                     )
-        rendered = [{"role": message.role, "content": [_template_part(part) for part in message.parts]} for message in messages]
+        for index, message in enumerate(messages[1:], start=1):
+            if message.tools:
+                raise DataError(f"message {index} describes tools: only the first message can, the template writes them once; move them")
+        tools = [json.loads(tool) for tool in messages[0].tools]
+        # A system message that only describes tools is none to the template: it would open with two empty lines.
+        shown = messages[1:] if tools and not messages[0].parts else messages
         return self.tokenizer.apply_chat_template(
-            rendered, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=open_assistant
+            [_template_message(message) for message in shown],
+            chat_template=self.processor.chat_template,
+            tokenize=False,
+            add_generation_prompt=open_assistant,
+            tools=tools or None,
         )
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
@@ -233,6 +243,22 @@ class Chat:
         if next(unused, None) is not None:
             raise DataError("the chat template wrote fewer placeholders than the messages hold images and videos")
         return tuple(expanded)
+
+
+def _texts_of(message: Message) -> Iterator[str]:
+    yield message.text
+    for call in message.tool_calls:
+        yield call.name
+        yield call.arguments
+    yield from (json.dumps(json.loads(tool), ensure_ascii=False) for tool in message.tools)
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    rendered: dict[str, Any] = {"role": message.role, "content": [_template_part(part) for part in message.parts]}
+    if message.tool_calls:
+        calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+        rendered["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return rendered
 
 
 def _template_part(part: TextPart | MediaPart) -> dict[str, str]:
@@ -261,6 +287,18 @@ def patch_times(part: VideoPart, temporal_patch_size: int) -> list[float]:
     return [
         (indices[i] / part.fps + indices[i + temporal_patch_size - 1] / part.fps) / 2 for i in range(0, len(indices), temporal_patch_size)
     ]
+
+
+def time_stamp(seconds: float, time_format: TimeFormat) -> str:
+    """Returns the text before a temporal patch: `<3.0 seconds>` as the processor writes it, or h:mm:ss of the whole second, `<0:00:03>`.
+
+    The Qwen3-VL report mixes seconds with an hours-minutes-seconds form and does not spell the latter; this spelling is our choice. The
+    engine expands a video by itself and knows the first form only: rows to sample from must use `seconds`.
+    """
+    if time_format == "seconds":
+        return f"<{seconds:.1f} seconds>"
+    minutes, second = divmod(int(seconds), 60)
+    return f"<{minutes // 60}:{minutes % 60:02d}:{second:02d}>"
 
 
 def check_fits(num_tokens: int, *, limit: int, place: str) -> None:

@@ -25,6 +25,8 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 FinishReason = Literal["stop", "length"]
 """`stop`: the policy wrote an end token; `length`: the token budget cut it off."""
+TimeFormat = Literal["seconds", "clock"]
+"""How a video's times are written: `<3.0 seconds>` or h:mm:ss, `<0:00:03>`."""
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -116,10 +118,14 @@ class VideoPart:
     """Frames per second of the film that `frame_indices` count in; frame time in seconds = index / fps."""
     frame_indices: tuple[int, ...]
     digest: str
-    """SHA-256 over frames, fps and indices."""
+    """SHA-256 over frames, fps, indices and a time format that is not `seconds`."""
+    time_format: TimeFormat = "seconds"
+    """How the times stand in the text: `<3.0 seconds>`, as the processor and the engine write them, or `<0:00:03>`."""
 
     @classmethod
-    def from_frames(cls, frames: Sequence[PILImage.Image], *, fps: float, frame_indices: Sequence[int]) -> VideoPart:
+    def from_frames(
+        cls, frames: Sequence[PILImage.Image], *, fps: float, frame_indices: Sequence[int], time_format: TimeFormat = "seconds"
+    ) -> VideoPart:
         """Returns the part for sampled frames; all frames must have one size."""
         if not frames or len(frames) != len(frame_indices):
             raise DataError(
@@ -133,7 +139,9 @@ class VideoPart:
         hasher = hashlib.sha256(f"video {rgb[0].width}x{rgb[0].height} fps={fps!r} {list(frame_indices)}".encode())
         for frame in rgb:
             hasher.update(frame.tobytes())
-        return cls(frames=rgb, fps=fps, frame_indices=tuple(frame_indices), digest=hasher.hexdigest())
+        if time_format != "seconds":
+            hasher.update(time_format.encode())
+        return cls(frames=rgb, fps=fps, frame_indices=tuple(frame_indices), digest=hasher.hexdigest(), time_format=time_format)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VideoPart) and other.digest == self.digest
@@ -158,15 +166,33 @@ Part: TypeAlias = TextPart | ImagePart | VideoPart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """A call that an assistant turn makes: `ToolCall(name="zoom", arguments='{"label": "7"}')`."""
+
+    name: str
+    arguments: str
+    """A JSON object as text, written into the turn as it stands."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
     """One turn of a conversation: `Message(role="user", parts=(ImagePart.from_image(img), TextPart(text="How many?")))`."""
 
     role: Role
     parts: tuple[Part, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What an assistant turn calls, after its text."""
+    tools: tuple[str, ...] = ()
+    """On a system message: the functions that may be called, each an OpenAI tool description as JSON text. They stand on the message
+    that shows them, so that whatever renders the messages shows them too."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise DataError(f"unknown role {self.role!r}: a message is from one of {', '.join(ROLES)}")
+        if self.tool_calls and self.role != "assistant":
+            raise DataError(f"a {self.role} message holds tool calls: only an assistant message calls tools; move them there")
+        if self.tools and self.role != "system":
+            raise DataError(f"a {self.role} message holds tools: the system message describes them; move them there")
 
     @property
     def text(self) -> str:

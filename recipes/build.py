@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,6 +25,9 @@ from ..model.nano import build_nano
 from ..model.records import DataError
 from ..model.sampler import VllmSampler
 from .schema import ModelConfig
+
+_NANO_SETTINGS = "nano_settings.json"
+"""Beside a nano's weights: what it was built from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +78,10 @@ class Workshop:
         model = load_model(source, dtype=machine_dtype(dtype))
         return LoadedModel(folder=str(source), model=model, chat=chat, allowed=allowed_token_mask(chat, vocabulary_size(model)))
 
+    def load_chat(self, config: ModelConfig, *, seed: int) -> Chat:
+        """Returns the processor's view of messages for the model that a recipe names, without its weights."""
+        return Chat(load_processor(self._source(config, seed)))
+
     def load_again(self, loaded: LoadedModel, *, dtype: DType) -> PreTrainedModel:
         """Returns the same weights a second time: the reference that a policy is held to."""
         return load_model(loaded.folder, dtype=machine_dtype(dtype))
@@ -89,7 +98,11 @@ class Workshop:
     def _nano(self, config: NanoConfig, seed: int) -> Path:
         from .handwriting import tokenizer_corpus
 
+        # Stages with different nanos have different folders; the first has the plain name.
+        settings = {"nano": config.model_dump(mode="json"), "seed": seed}
         folder, partial = self.folder / "nano", self.folder / ".partial-nano"
+        if folder.exists() and (folder / _NANO_SETTINGS).exists() and json.loads((folder / _NANO_SETTINGS).read_text()) != settings:
+            folder = self.folder / f"nano-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
         if self.ranks.is_first and not folder.exists():
             if partial.exists():  # a kill in the middle of the building
                 shutil.rmtree(partial)
@@ -103,6 +116,7 @@ class Workshop:
                 max_image_tokens=config.max_image_tokens,
                 seed=seed,
             )
+            (partial / _NANO_SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
             partial.rename(folder)
         self.ranks.wait()
         return folder

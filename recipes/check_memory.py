@@ -22,7 +22,7 @@ from ..model.memory import (
 )
 from ..model.records import VlpostError
 from .load import LoadedRecipe
-from .schema import EvaluateRecipe, RlRecipe, SftRecipe
+from .schema import EvaluateRecipe, RlRecipe, RolloutStageConfig, StageRecipe, TrainingRecipe
 
 IMAGE_FRAC = 0.5
 """Share of the token budget that is taken to be images where the recipe does not say; refusals count none."""
@@ -99,14 +99,14 @@ def check_memory(loaded: LoadedRecipe, devices: Devices) -> Iterator[str]:
         yield from _lines(name, stage, shape, estimate, devices)
 
 
-def _start_model(stage: SftRecipe | RlRecipe | EvaluateRecipe, stages: Mapping[str, SftRecipe | RlRecipe | EvaluateRecipe]) -> str:
+def _start_model(stage: StageRecipe, stages: Mapping[str, StageRecipe]) -> str:
     while stage.model.stage is not None:
         stage = stages[stage.model.stage]
     return stage.model.path or "nano"
 
 
-def _shape(stage: SftRecipe | RlRecipe, stages: Mapping[str, SftRecipe | RlRecipe | EvaluateRecipe]) -> ModelShape | None:
-    source: SftRecipe | RlRecipe | EvaluateRecipe = stage
+def _shape(stage: TrainingRecipe, stages: Mapping[str, StageRecipe]) -> ModelShape | None:
+    source: StageRecipe = stage
     while source.model.stage is not None:
         source = stages[source.model.stage]
     if source.model.nano is not None:
@@ -116,7 +116,7 @@ def _shape(stage: SftRecipe | RlRecipe, stages: Mapping[str, SftRecipe | RlRecip
     return folder_shape(folder) if folder.exists() else hub_shape(source.model.path)
 
 
-def _estimate(stage: SftRecipe | RlRecipe, shape: ModelShape, devices: Devices, *, image_frac: float) -> MemoryEstimate:
+def _estimate(stage: TrainingRecipe, shape: ModelShape, devices: Devices, *, image_frac: float) -> MemoryEstimate:
     return estimate_memory(
         shape,
         stage.learner,
@@ -129,7 +129,7 @@ def _estimate(stage: SftRecipe | RlRecipe, shape: ModelShape, devices: Devices, 
     )
 
 
-def _lines(name: str, stage: SftRecipe | RlRecipe, shape: ModelShape, estimate: MemoryEstimate, devices: Devices) -> Iterator[str]:
+def _lines(name: str, stage: TrainingRecipe, shape: ModelShape, estimate: MemoryEstimate, devices: Devices) -> Iterator[str]:
     budget = stage.learner.token_budget
     fits = "fits" if estimate.total <= devices.device_bytes else "does NOT fit with so many images, lower learner.token_budget if they come"
     yield (
@@ -143,7 +143,7 @@ def _gib(count: int) -> str:
     return f"{count / GIB:.2f}" if count >= GIB else f"{count / GIB:.2g}"
 
 
-def _refuse_if_short(name: str, stage: SftRecipe | RlRecipe, estimate: MemoryEstimate, devices: Devices) -> None:
+def _refuse_if_short(name: str, stage: TrainingRecipe, estimate: MemoryEstimate, devices: Devices) -> None:
     if estimate.total <= devices.device_bytes:
         return
     largest = ", ".join(f"{term} {_gib(count)}" for term, count in estimate.largest())
@@ -153,7 +153,7 @@ def _refuse_if_short(name: str, stage: SftRecipe | RlRecipe, estimate: MemoryEst
     )
 
 
-def _refuse_if_engine_is_short(name: str, stage: SftRecipe | RlRecipe, shape: ModelShape, devices: Devices) -> None:
+def _refuse_if_engine_is_short(name: str, stage: TrainingRecipe, shape: ModelShape, devices: Devices) -> None:
     """Raises where the engine, which every process has whole, gets less of a GPU than its weights take."""
     if devices.kind != "cuda" or not _needs_engine(stage):
         return
@@ -166,11 +166,11 @@ def _refuse_if_engine_is_short(name: str, stage: SftRecipe | RlRecipe, shape: Mo
         )
 
 
-def _needs_engine(stage: SftRecipe | RlRecipe) -> bool:
-    return isinstance(stage, RlRecipe) or stage.validation is not None
+def _needs_engine(stage: TrainingRecipe) -> bool:
+    return isinstance(stage, RolloutStageConfig) or stage.validation is not None
 
 
-def _remedies(stage: SftRecipe | RlRecipe, devices: Devices) -> Iterator[str]:
+def _remedies(stage: TrainingRecipe, devices: Devices) -> Iterator[str]:
     """Yields what would make the stage smaller and is not done yet."""
     learner = stage.learner
     yield f"lower learner.token_budget = {learner.token_budget}"

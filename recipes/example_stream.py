@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
+import itertools
 import json
+import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..model.records import ROLES, DataError, Example, ImagePart, Message, Part, TextPart
-from .schema import HandwritingData, JsonlData
+from ..model.records import DataError, Example, Message, TextPart
+from .row_files import RowData, counted, load_rows, read_all, read_given_row
+from .row_media import RowError
+from .schema import CuratedData, DataConfig, HandwritingData, HubData, JsonlData, MixData
+
+ROW_LOG = logging.getLogger("vlpost.rows")
+"""What was dropped or repaired: a warning for each data set, and at INFO a line for each row with the `RowNote` as `row_note`."""
 
 
 class ExampleStream(Protocol):
@@ -71,6 +76,45 @@ class RowStream:
         return [self.rows[_shuffled(number, len(self.rows), self.seed)] for number in range(start, start + count)]
 
 
+class HubStream:
+    """Rows of a hub set as they come, from the start again after the last. Never more than one row is held.
+
+    Going back to an earlier example starts the set anew, so examples are asked for in order; a resumed run reads past those it has seen.
+    """
+
+    num_rows: int | None = None
+
+    def __init__(self, config: HubData, *, with_solution: bool) -> None:
+        self.config = config
+        self.with_solution = with_solution
+        self._next = 0
+        self._rows = self._endless()
+
+    def examples(self, start: int, count: int) -> list[Example]:
+        """Returns examples number `start` to `start + count - 1`."""
+        if start < self._next:
+            self._next, self._rows = 0, self._endless()
+        for _ in range(start - self._next):
+            next(self._rows)
+        found = [next(self._rows) for _ in range(count)]
+        self._next = start + count
+        return found
+
+    def _endless(self) -> Iterator[Example]:
+        for epoch in itertools.count():
+            kept = 0
+            for row, found in read_all(self.config, with_solution=self.with_solution):
+                if not isinstance(found, RowError):
+                    kept += 1
+                    yield found[0]
+                elif self.config.bad_rows == "refuse":
+                    raise found
+                elif epoch == 0:
+                    ROW_LOG.warning("%s dropped: %s", row.place, found)
+            if not kept:
+                raise DataError(f"{self.config.path}: the data set is empty; give at least one row")
+
+
 def _shuffled(number: int, total: int, seed: int) -> int:
     epoch, place = divmod(number, total)
     return _epoch_order(total, seed, epoch)[place]
@@ -83,136 +127,51 @@ def _epoch_order(total: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def open_stream(config: HandwritingData | JsonlData, *, seed: int, with_solution: bool) -> ExampleStream:
+def open_stream(config: DataConfig, *, seed: int, with_solution: bool) -> ExampleStream:
     """Returns the stream that a recipe's `data` names; `with_solution` asks for rows that end with an assistant turn."""
+    if isinstance(config, MixData):
+        from .example_mix import mix
+
+        streams = {name: open_stream(part.data, seed=seed, with_solution=with_solution) for name, part in config.parts.items()}
+        return mix(config, streams, seed=seed)
     if isinstance(config, HandwritingData):
         return HandwritingStream(config, seed=seed, with_solution=with_solution)
+    if isinstance(config, CuratedData):
+        from .curate_reader import read_data_set
+
+        return RowStream(read_data_set(config.path, split=config.split, with_solution=with_solution), seed=seed)
+    if isinstance(config, HubData) and config.streaming:
+        return HubStream(config, with_solution=with_solution)
     return RowStream(read_rows(config, with_solution=with_solution), seed=seed)
 
 
-def read_rows(config: JsonlData, *, with_solution: bool) -> list[Example]:
-    """Returns the rows of a data file after checking that they end as their use demands: with the assistant's turn, or before it."""
-    rows = read_jsonl(config.path, source=config.source or config.path.stem)
-    for row in rows:
-        ends_with_assistant = row.messages[-1].role == "assistant"
-        if with_solution and not ends_with_assistant:
-            raise DataError(
-                f"{config.path}: row {row.id!r} does not end with an assistant message: there is nothing to learn from it by SFT"
-            )
-        if not with_solution and ends_with_assistant:
-            raise DataError(f"{config.path}: row {row.id!r} ends with an assistant message: remove it, the policy writes the response")
-    return rows
+def read_rows(config: RowData, *, with_solution: bool | None) -> tuple[Example, ...]:
+    """Returns the rows of a data set after checking that they end as their use demands: with the assistant's turn, or before it.
 
-
-def read_jsonl(path: Path, *, source: str) -> list[Example]:
-    """Returns the rows of a JSON-lines file; images are opened and decoded here, so that a bad one is named before training.
-
-    A row is `{"id", "messages": [{"role", "content"}], "answer", "task", "metadata"}`; content is text or a list of
-    `{"type": "text", "text"}` and `{"type": "image", "image": path or data URL}`. `answer`, `task` and `metadata` may be absent.
-    Raises `DataError` with file, line and what to do.
+    Bad rows are an error, or are left out as `bad_rows` says, with a warning that counts them and a line for each in the log "vlpost.rows".
     """
-    try:
-        # Not splitlines: JSON text may hold U+2028 and other characters that it takes for line ends.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the data file cannot be read ({error})") from error
-    rows = [_read_row(line, path, number, source) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path}: the data set is empty; give at least one row")
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        if row.id in seen:
-            raise DataError(f"{path}: rows {seen[row.id]} and {number} both have id {row.id!r}; ids seed the sampling and must differ")
-        seen[row.id] = number
-    return rows
+    found = load_rows(config, with_solution=with_solution)
+    for outcome in ("dropped", "repaired"):
+        notes = [note for note in found.notes if note.outcome == outcome]
+        if notes:
+            total = len(found.examples) + sum(note.outcome == "dropped" for note in found.notes)
+            ROW_LOG.warning("%s: %s in %d of %d rows: %s", config.path, outcome, len({note.place for note in notes}), total, counted(notes))
+    for note in found.notes:
+        ROW_LOG.info("%s %s: %s", note.place, note.outcome, note.reason, extra={"row_note": note})
+    return found.examples
 
 
-_ROW_KEYS = ("id", "messages", "answer", "task", "metadata")
+def read_jsonl(path: Path, *, source: str) -> tuple[Example, ...]:
+    """Returns the rows of a JSON-lines file however they end; media are decoded here, so that a bad one is named before training.
 
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return found
-
-
-def _read_row(line: str, path: Path, number: int, source: str) -> Example:
-    place = f"{path}, line {number}"
-    try:
-        row = json.loads(line, object_pairs_hook=_without_duplicates)
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: text with half of a surrogate pair ({error}); write the whole character") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON: {error}") from error
-    return parse_row(row, path, number, source)
+    Raises `DataError` with file, line and what to do. What a row may hold is in docs/data.md.
+    """
+    return read_rows(JsonlData(use="jsonl", path=path, source=source), with_solution=None)
 
 
 def parse_row(row: object, path: Path, number: int, source: str) -> Example:
     """Returns the example of a row that has been read from a line; see `read_jsonl`. Raises `DataError` with file, line and what to do."""
-    place = f"{path}, line {number}"
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a row is an object with {', '.join(_ROW_KEYS)}, this is {type(row).__name__}")
-    unknown = sorted(set(row) - set(_ROW_KEYS))
-    if unknown:
-        raise DataError(f"{place}: unknown key {unknown[0]!r}; a row has {', '.join(_ROW_KEYS)}; put the rest under metadata")
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: messages must be a list with at least one message")
-    if isinstance(row.get("id", ""), bool) or not isinstance(row.get("id", ""), str | int):
-        raise DataError(f"{place}: id = {row['id']!r} is {type(row['id']).__name__}, must be str or int")
-    for key, allowed in (("answer", str), ("task", str), ("metadata", dict)):
-        if key in row and not isinstance(row[key], allowed):
-            raise DataError(f"{place}: {key} = {row[key]!r} is {type(row[key]).__name__}, must be {allowed.__name__}")
-    return Example(
-        id=str(row.get("id", f"{path.stem}/{number}")),
-        messages=tuple(_read_message(message, place, path.parent) for message in messages),
-        answer=row.get("answer", ""),
-        task=row.get("task", source),
-        source=source,
-        metadata=row.get("metadata", {}),
-    )
-
-
-def _read_message(message: object, place: str, folder: Path) -> Message:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise DataError(f"{place}: a message is an object with role and content, this is {message!r}")
-    if message["role"] not in ROLES:
-        raise DataError(f"{place}: unknown role {message['role']!r}; a message is from one of {', '.join(ROLES)}")
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise DataError(f"{place}: content must be text or a list of parts, this is {type(content).__name__}")
-    return Message(role=message["role"], parts=tuple(_read_part(part, place, folder) for part in parts))
-
-
-def _read_part(part: object, place: str, folder: Path) -> Part:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return TextPart(text=text)
-        case {"type": "image", "image": str(image)}:
-            return _read_image(image, place, folder)
-    raise DataError(
-        f'{place}: a part is {{"type": "text", "text": ...}} or {{"type": "image", "image": path or data URL}}, this is {part!r}'
-    )
-
-
-def _read_image(image: str, place: str, folder: Path) -> ImagePart:
-    if image.startswith("data:"):
-        _, _, encoded = image.partition(";base64,")
-        try:
-            content = base64.b64decode(encoded.encode(), validate=True)
-        except binascii.Error as error:
-            raise DataError(f"{place}: the data URL is not base64 ({error})") from error
-        return ImagePart.from_bytes(content, f"{place}, data URL")
-    if Path(image).is_absolute() or ".." in Path(image).parts:
-        raise DataError(f"{place}: image {image!r} lies outside the data file's folder; give a path below it, or a data URL")
-    try:
-        return ImagePart.from_file(folder / image)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
+    return read_given_row(row, path, number, source)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -221,10 +180,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     for example in examples:
         described: Mapping[str, Any] = {
             "id": example.id,
-            "messages": [
-                [m.role, [["text", part.text] if isinstance(part, TextPart) else ["media", part.digest] for part in m.parts]]
-                for m in example.messages
-            ],
+            "messages": [_described(message) for message in example.messages],
             "answer": example.answer,
             "task": example.task,
             "source": example.source,
@@ -232,3 +188,10 @@ def fingerprint(examples: Sequence[Example]) -> str:
         }
         hasher.update(json.dumps(described, ensure_ascii=False, sort_keys=True).encode())
     return hasher.hexdigest()[:16]
+
+
+def _described(message: Message) -> list[object]:
+    parts = [["text", part.text] if isinstance(part, TextPart) else ["media", part.digest] for part in message.parts]
+    calls = [["call", call.name, call.arguments] for call in message.tool_calls]
+    tools = [["tool", tool] for tool in message.tools]
+    return [message.role, [*parts, *calls, *tools]]

@@ -2,8 +2,9 @@ r"""The bundled track: questions about real handwritten digits with exact answer
 
 The scans are the 1,797 of `sklearn.datasets.load_digits`, 8 x 8 pixels in 17 shades: the writer-independent test set of Alpaydin and
 Kaynak's optdigits (UCI, 1998), by 13 writers. Which scan is whose was not kept, but the order was: the same sequence of 130 labels comes
-14 times, with up to 8 missing (`FORM_STARTS`), which looks like one form filled in again and again. Splits are whole forms: 10 to train
-(1,287 scans), 2 to validate (258), 2 to test (252). No scan is in two splits, and, if one form is one hand, at most one writer is.
+14 times, with up to 8 missing (`handwriting_scans.FORM_STARTS`), which looks like one form filled in again and again. Splits are whole
+forms: 10 to train (1,287 scans), 2 to validate (258), 2 to test (252). No scan is in two splits, and, if one form is one hand, at most one
+writer is.
 
 | kind | the image shows | the answer | best constant guess |
 |---|---|---|---|
@@ -12,8 +13,20 @@ Kaynak's optdigits (UCI, 1998), by 13 writers. Which scan is whose was not kept,
 | count | 3 to 6 digits | how often the asked digit is there, 0 to 3 | 1 in 4 |
 | compare | two numbers of 1 or 2 digits with a gap between | A: the first is larger, B: the second, C: equal | 1 in 3 |
 | arithmetic | (no image) | a + b or a - b >= 0 of single digits, 0 to 18 | 1 in 10 |
+| find | 3 to 6 digits anywhere on a canvas | the box of the asked digit, `[{"bbox_2d": [x1, y1, x2, y2], "label": "7"}]` | IoU 0.10 |
+| video | a flip-book of 3 to 5 pages of 1 to 3 seconds | when the asked digit is there, `[[start, end]]` in seconds | IoU 0.26 |
+| multi_image | two or three images with a number below 100 each | which one is largest, 1 to 3, or their sum | 1 in 5 |
+| multi_turn | two digits; the first turn asks for the first | their sum, asked for in the second turn | 1 in 10 |
+| page | a page of 200 to 4,000 pixels a side, 8 to 3,403 numbers | the number in the asked line and column | 1 in 30 |
+| sum2, sum2_steps | two numbers of two digits with a gap between | their sum, 20 to 198 | 1 in 90 |
+| blind | two digits, of which the question tells both or only one | their sum, 0 to 18 | 1 in 10 |
 
-The 155 questions of `arithmetic` are the same in all splits: it keeps a skill alive, it cannot measure generalisation.
+Rewards that fit, by name: `count` where the answer is a whole number, `choice` for compare, `box` for find, `time_span` for video.
+
+The 155 questions of `arithmetic` are the same in all splits: it keeps a skill alive, it cannot measure generalisation. Half of the rows of
+`blind` can be solved without the image, and each says which it is: `metadata["needs_image"]`, which all kinds from `find` on have. `sum2`
+and `sum2_steps` ask the same with the same pictures at the same index; they differ in the solution alone, the answer against steps in a
+think block before it.
 
 Everything is a function of (split, index, seed, settings) by SHA-256, the same in every process.
 """
@@ -21,110 +34,31 @@ Everything is a function of (split, index, seed, settings) by SHA-256, the same 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
-import random
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, get_args
-
-from PIL import Image
+from typing import get_args
 
 from ..model.records import ROLES, DataError, Example, ImagePart, Message, Part, TextPart
+from .handwriting_questions import CORPUS_PHRASINGS, QUESTION_KINDS, ask
+from .handwriting_scans import SPLIT_SCANS, Dice, Size, draw_row, hash_key
+from .handwriting_scenes import PAGE_PIXELS, Scene, SceneSource, draw_scene
 from .schema import Language, Split, TaskKind
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 
-FORM_STARTS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667)
-"""Rows of `load_digits` at which the sequence of labels begins anew."""
-SPLIT_SCANS: Mapping[Split, range] = {
-    "train": range(0, FORM_STARTS[10]),
-    "validation": range(FORM_STARTS[10], FORM_STARTS[12]),
-    "test": range(FORM_STARTS[12], 1797),
-}
-"""Rows of `load_digits` that each split may show."""
-
 DIGIT_PIXELS = (64, 64)
 """Default width and height of one digit: 2 x 2 vision tokens of Qwen3-VL, which cover 32 x 32 pixels each."""
 MIN_DIGIT_PIXELS, MAX_DIGIT_PIXELS = 8, 512
+MIN_PAGE_PIXELS, MAX_PAGE_PIXELS = PAGE_PIXELS
 
-_SHADES = 16
 # 2^64 divided by the golden ratio: of all steps round a circle this one leaves the most even gaps.
 _GOLDEN_STEP, _CIRCLE = 0x9E3779B97F4A7C15, 1 << 64
 _CORPUS_DRAWS = 100
-
-_PHRASINGS: Mapping[tuple[TaskKind, Language], tuple[str, ...]] = {
-    ("read", "en"): ("What number is written here?", "Read the number in the image.", "Which number do you see?"),
-    ("read", "zh"): ("图中写的是什么数？", "读出图中的数。", "你看到的是哪个数？"),
-    ("add", "en"): ("What is the sum of the two digits?", "Add the two digits in the image.", "What do the two digits add up to?"),
-    ("add", "zh"): ("图中两个数字的和是多少？", "把图中的两个数字相加。", "两个数字相加等于多少？"),
-    ("count", "en"): (
-        "How often is the digit {target} written here?",
-        "Count the digit {target} in the image.",
-        "How often do you see the digit {target}?",
-    ),
-    ("count", "zh"): ("图中有几个数字{target}？", "数字{target}出现了几次？", "数一数图中有几个{target}。"),
-    ("compare", "en"): ("Which number is larger?", "Which of the two numbers is larger?", "Compare the two numbers in the image."),
-    ("compare", "zh"): ("哪个数更大？", "图中两个数哪个更大？", "比较图中的两个数。"),
-    ("arithmetic", "en"): ("What is {left} {sign} {right}?", "{left} {sign} {right} = ?", "How much is {left} {sign} {right}?"),
-    ("arithmetic", "zh"): ("{left}{sign}{right}等于多少？", "{left}{sign}{right}=？", "{left}{sign}{right}是多少？"),
-}
-_CHOICES: Mapping[Language, str] = {"en": " A: the first, B: the second, C: equal.", "zh": "A：第一个，B：第二个，C：相等。"}
-_FORMAT: Mapping[Language, str] = {"en": " Answer in \\boxed{}.", "zh": "用\\boxed{}作答。"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Question:
-    """What is asked, before scans are chosen."""
-
-    text: str
-    working: str
-    """What the solution writes before the boxed answer."""
-    answer: str
-    cells: tuple[int | None, ...] = ()
-    """The digits of the image from left to right; None is a gap, nothing at all a question without an image."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """Metadata of this kind of question."""
-
-    @property
-    def solution(self) -> str:
-        return f"{self.working}\\boxed{{{self.answer}}}"
-
-
-class _Dice:
-    """Random draws that a key decides. `random.Random.random` is the one generator whose numbers Python promises never to change;
-    numpy promises that for raw bits only."""
-
-    def __init__(self, *key: str | int) -> None:
-        self._random = random.Random(_hash(*key))
-
-    def below(self, limit: int) -> int:
-        """Returns one of 0 to limit - 1."""
-        return int(self._random.random() * limit)
-
-    def pick(self, choices: Sequence[Any]) -> Any:  # noqa: ANN401
-        """Returns one of the choices."""
-        return choices[self.below(len(choices))]
-
-    def number(self, num_digits: int) -> int:
-        """Returns a number of so many digits, the first of them not 0 unless it is the only one."""
-        low, size = _number_range(num_digits)
-        return low + self.below(size)
-
-    def other_number(self, number: int, num_digits: int) -> int:
-        """Returns a number of so many digits that is not `number`."""
-        low, size = _number_range(num_digits)
-        if not low <= number < low + size:
-            return self.number(num_digits)
-        return low + (number - low + 1 + self.below(size - 1)) % size
 
 
 def handwriting_example(
@@ -135,7 +69,8 @@ def handwriting_example(
     languages: Sequence[str] = LANGUAGES,
     seed: int,
     with_solution: bool,
-    digit_pixels: tuple[int, int] = DIGIT_PIXELS,
+    digit_pixels: Size = DIGIT_PIXELS,
+    page_pixels: Size = PAGE_PIXELS,
 ) -> Example:
     r"""Returns example number `index` of an endless stream; the same arguments give the same example in every process.
 
@@ -143,14 +78,20 @@ def handwriting_example(
     among any n examples in a row the number of one kind in one language differs from its share of n by less than 4 (n up to 1,000)
     or 6 (n up to 100,000), whatever the shares. The order of `tasks` and `languages` and a common factor of the shares change nothing.
 
-    With `with_solution` (for SFT) the messages end with a short response, `5+7=\boxed{12}`; without (for RL) with the question.
-    Metadata: `language`; `digits` and `scans`, the image from left to right as values and as rows of `load_digits`; `target` (count),
-    `numbers` (compare), `operands` and `sign` (arithmetic). The id is unique within one split, seed and `tasks`.
+    With `with_solution` (for SFT) the messages end with a short response, `5+7=\boxed{12}`; without (for RL) with a question; the
+    first answer of `multi_turn` is there in both. Metadata: `language`; `digits` and `scans`, the images from left to right (a film: in
+    order; a page: of the asked number alone) as values and as rows of `load_digits`; `target` (count, find, video), `numbers` (compare,
+    multi_image), `operands` (arithmetic, sum2, blind), `sign` (arithmetic), `seconds` that each page lasts (video), `asked` (multi_image:
+    largest or sum), `line`, `column`, `lines`, `columns` (page, from 1), `needs_image` (from `find` on). The id is unique within one
+    split, seed and `tasks`.
 
-    The image is a row of digits of `digit_pixels` (width, height), bicubic, white on black.
+    Images are rows of digits of `digit_pixels` (width, height), bicubic, white on black. The box of `find` holds the digit's ink
+    (`ink_box`). Films have two frames a second. Numbers on a page have digits of 24 x 32 pixels; its width and height are drawn from
+    `page_pixels` (smallest, largest), as often small as large on a scale of factors. 4,000 x 4,000 are 15,625 vision tokens: a nano whose
+    `max_image_tokens` is below that gets the page scaled down, and by default cannot read it.
 
-    Raises `DataError` for an unknown split, kind or language, a share that is not a positive number, a negative index, and sizes
-    outside 8 to 512 pixels.
+    Raises `DataError` for an unknown split, kind or language, a share that is not a positive number, a negative index, digits outside 8
+    to 512 pixels and pages outside 200 to 4,000.
     """
     _check_name("split", split, tuple(SPLIT_SCANS))
     if index < 0:
@@ -160,29 +101,45 @@ def handwriting_example(
             f"handwriting digit_pixels = {digit_pixels}: width and height must be {MIN_DIGIT_PIXELS} to {MAX_DIGIT_PIXELS} pixels; "
             "multiples of 32 fill whole vision tokens"
         )
+    if not MIN_PAGE_PIXELS <= page_pixels[0] <= page_pixels[1] <= MAX_PAGE_PIXELS:
+        raise DataError(
+            f"handwriting page_pixels = {page_pixels}: give the smallest and the largest side of a page, {MIN_PAGE_PIXELS} to "
+            f"{MAX_PAGE_PIXELS} pixels"
+        )
     mix = _mix(tuple(tasks.items()), tuple(languages))
-    kind, language = mix.at(index, phase=_hash("phase", split, seed) % _CIRCLE)
-    dice = _Dice("example", split, seed, kind, language, index)
-    question = _ask(kind, language, dice)
-    scans = [None if digit is None else dice.pick(_scans_of_digit(split, digit)) for digit in question.cells]
-    parts: tuple[Part, ...] = (TextPart(text=question.text),)
-    if scans:
-        parts = (ImagePart.from_image(_draw(scans, digit_pixels)), *parts)
-    messages = (Message(role="user", parts=parts),)
+    kind, language = mix.at(index, phase=hash_key("phase", split, seed) % _CIRCLE)
+    # One question for both, so that models trained on either have seen the same.
+    drawn_as = "sum2" if kind == "sum2_steps" else kind
+    dice = Dice("example", split, seed, drawn_as, language, index)
+    source = SceneSource(split=split, language=language, digit_pixels=digit_pixels, page_pixels=page_pixels, dice=dice)
+    scene = _question_scene(kind, source) if kind in QUESTION_KINDS else draw_scene(kind, source)
+    messages = scene.messages
     if with_solution:
-        messages = (*messages, Message(role="assistant", parts=(TextPart(text=question.solution),)))
+        messages = (*messages, Message(role="assistant", parts=(TextPart(text=scene.solution),)))
     return Example(
         id=f"handwriting/{split}/{kind}/{index:06d}",
         messages=messages,
-        answer=question.answer,
+        answer=scene.answer,
         task=kind,
         source="handwriting",
-        metadata={
-            "language": language,
-            "digits": [digit for digit in question.cells if digit is not None],
-            "scans": [scan for scan in scans if scan is not None],
-            **question.facts,
-        },
+        metadata={"language": language, "digits": list(scene.digits), "scans": list(scene.scans), **scene.facts},
+    )
+
+
+def _question_scene(kind: TaskKind, source: SceneSource) -> Scene:
+    """Returns a question about one row of digits with its picture."""
+    question = ask(kind, source.language, source.dice)
+    scans = [None if digit is None else source.scan(digit) for digit in question.cells]
+    parts: tuple[Part, ...] = (TextPart(text=question.text),)
+    if scans:
+        parts = (ImagePart.from_image(draw_row(scans, source.digit_pixels)), *parts)
+    return Scene(
+        messages=(Message(role="user", parts=parts),),
+        solution=question.solution,
+        answer=question.answer,
+        digits=[digit for digit in question.cells if digit is not None],
+        scans=[scan for scan in scans if scan is not None],
+        facts=question.facts,
     )
 
 
@@ -194,25 +151,34 @@ def handwriting_examples(
     num_examples: int,
     seed: int,
     with_solution: bool,
-    digit_pixels: tuple[int, int] = DIGIT_PIXELS,
+    digit_pixels: Size = DIGIT_PIXELS,
+    page_pixels: Size = PAGE_PIXELS,
 ) -> list[Example]:
     """Returns examples number 0 to `num_examples` - 1 of the stream (see `handwriting_example`)."""
     if num_examples < 1:
         raise DataError(f"handwriting num_examples = {num_examples}: must be at least 1")
     return [
         handwriting_example(
-            split, index, tasks=tasks, languages=languages, seed=seed, with_solution=with_solution, digit_pixels=digit_pixels
+            split,
+            index,
+            tasks=tasks,
+            languages=languages,
+            seed=seed,
+            with_solution=with_solution,
+            digit_pixels=digit_pixels,
+            page_pixels=page_pixels,
         )
         for index in range(num_examples)
     ]
 
 
 def tokenizer_corpus() -> Iterator[str]:
-    """Yields the track's own text for training a tokenizer: turns of all kinds, phrasings and languages, the same every time."""
+    """Yields the track's own text for training a tokenizer: turns of the first five kinds in all phrasings and languages, the same every
+    time. The later kinds are not in it: every nano's vocabulary would change."""
     yield from (f"{role}\n" for role in ROLES)
-    for kind, language in _PHRASINGS:
+    for kind, language in CORPUS_PHRASINGS:
         for number in range(_CORPUS_DRAWS):
-            question = _ask(kind, language, _Dice("corpus", kind, language, number))
+            question = ask(kind, language, Dice("corpus", kind, language, number))
             yield f"user\n{question.text}"
             yield f"assistant\n{question.solution}"
 
@@ -256,119 +222,3 @@ def _check_name(what: str, name: str, allowed: Sequence[str]) -> None:
         close = difflib.get_close_matches(str(name), allowed, n=1)
         meant = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(f"handwriting: unknown {what} {name!r}: {meant}give one of {', '.join(allowed)}")
-
-
-def _ask(kind: TaskKind, language: Language, dice: _Dice) -> _Question:
-    phrasing: str = dice.pick(_PHRASINGS[kind, language])
-    match kind:
-        case "read":
-            return _ask_read(phrasing, language, dice)
-        case "add":
-            return _ask_add(phrasing, language, dice)
-        case "count":
-            return _ask_count(phrasing, language, dice)
-        case "compare":
-            return _ask_compare(phrasing, language, dice)
-        case "arithmetic":
-            return _ask_arithmetic(phrasing, language, dice)
-
-
-def _ask_read(phrasing: str, language: Language, dice: _Dice) -> _Question:
-    number = dice.number(1 + dice.below(3))
-    return _Question(text=phrasing + _FORMAT[language], working="", answer=str(number), cells=_digits_of(number))
-
-
-def _ask_add(phrasing: str, language: Language, dice: _Dice) -> _Question:
-    left, right = dice.below(10), dice.below(10)
-    return _Question(text=phrasing + _FORMAT[language], working=f"{left}+{right}=", answer=str(left + right), cells=(left, right))
-
-
-def _ask_count(phrasing: str, language: Language, dice: _Dice) -> _Question:
-    target, length, count = dice.below(10), 3 + dice.below(4), dice.below(4)
-    digits = [target] * count + [(target + 1 + dice.below(9)) % 10 for _ in range(length - count)]
-    for last in range(length - 1, 0, -1):
-        place = dice.below(last + 1)
-        digits[last], digits[place] = digits[place], digits[last]
-    return _Question(
-        text=phrasing.format(target=target) + _FORMAT[language],
-        # Without commas: six digits then take 11 tokens instead of 16, and they look like the answer of `read`.
-        working="".join(map(str, digits)) + ":",
-        answer=str(count),
-        cells=tuple(digits),
-        facts={"target": target},
-    )
-
-
-def _ask_compare(phrasing: str, language: Language, dice: _Dice) -> _Question:
-    letter, sign = dice.pick((("A", ">"), ("B", "<"), ("C", "=")))
-    number = dice.number(1 + dice.below(2))
-    other = number if letter == "C" else dice.other_number(number, 1 + dice.below(2))
-    first, second = sorted((number, other), reverse=letter == "A")
-    return _Question(
-        text=phrasing + _CHOICES[language] + _FORMAT[language],
-        working=f"{first}{sign}{second}:",
-        answer=letter,
-        cells=(*_digits_of(first), None, *_digits_of(second)),
-        facts={"numbers": [first, second]},
-    )
-
-
-def _ask_arithmetic(phrasing: str, language: Language, dice: _Dice) -> _Question:
-    left, right, sign = dice.below(10), dice.below(10), dice.pick("+-")
-    if sign == "-":
-        left, right = max(left, right), min(left, right)
-    return _Question(
-        text=phrasing.format(left=left, right=right, sign=sign) + _FORMAT[language],
-        working=f"{left}{sign}{right}=",
-        answer=str(left + right if sign == "+" else left - right),
-        facts={"operands": [left, right], "sign": sign},
-    )
-
-
-def _number_range(num_digits: int) -> tuple[int, int]:
-    """Returns the smallest number of so many digits and how many there are."""
-    low = 0 if num_digits == 1 else 10 ** (num_digits - 1)
-    return low, 10**num_digits - low
-
-
-def _digits_of(number: int) -> tuple[int, ...]:
-    return tuple(map(int, str(number)))
-
-
-def _hash(*key: str | int) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, ("handwriting", *key))).encode()).digest(), "big")
-
-
-@lru_cache(maxsize=1)
-def _scans() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Returns the scans [1797, 8, 8], shades 0 (paper) to 16 (ink), and their digits [1797]."""
-    # Takes a second to import; questions without an image, `vlpost check` and the tokenizer's corpus do not need it.
-    from sklearn.datasets import load_digits
-
-    bunch: Any = load_digits()
-    return bunch.images, bunch.target
-
-
-@lru_cache(maxsize=32)
-def _scans_of_digit(split: Split, digit: int) -> tuple[int, ...]:
-    _, digits = _scans()
-    return tuple(scan for scan in SPLIT_SCANS[split] if digits[scan] == digit)
-
-
-@lru_cache(maxsize=2)
-def _upscaled(digit_pixels: tuple[int, int]) -> NDArray[np.uint8]:
-    """Returns all scans in grey, [1797, height, width], 0 (paper) to 255 (ink)."""
-    import numpy as np
-
-    scans, _ = _scans()
-    grey = np.rint(scans * (255 / _SHADES)).astype(np.uint8)
-    return np.stack([np.asarray(Image.fromarray(scan).resize(digit_pixels, Image.Resampling.BICUBIC)) for scan in grey])
-
-
-def _draw(scans: Sequence[int | None], digit_pixels: tuple[int, int]) -> Image.Image:
-    """Returns the row of scans, one `digit_pixels` cell each; None is an empty cell."""
-    import numpy as np
-
-    upscaled = _upscaled(digit_pixels)
-    empty = np.zeros_like(upscaled[0])
-    return Image.fromarray(np.concatenate([empty if scan is None else upscaled[scan] for scan in scans], axis=1))

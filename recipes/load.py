@@ -11,13 +11,20 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..model.records import VlpostError
-from .schema import ChainRecipe, EvaluateRecipe, Recipe, RlRecipe, SftRecipe
+from .curate_config import CurateRecipe
+from .schema import ChainRecipe, EvaluateRecipe, OnPolicyDistillRecipe, Recipe, RlRecipe, SftRecipe, StageRecipe
 
-_STAGE_CLASSES: dict[str, type[BaseModel]] = {"sft": SftRecipe, "rl": RlRecipe, "evaluate": EvaluateRecipe}
+_STAGE_CLASSES: dict[str, type[BaseModel]] = {
+    "sft": SftRecipe,
+    "rl": RlRecipe,
+    "on_policy_distill": OnPolicyDistillRecipe,
+    "evaluate": EvaluateRecipe,
+}
 _CHAIN_KEYS = ("method", "output", "trackers", "common", "stages")
+_ROOT = Annotated[Recipe | CurateRecipe, Field(discriminator="method")]
 _SET_BY_CHAIN = ("name", "output", "trackers")
 _MAX_RECIPE_BYTES = 256 * 1024
 
@@ -31,13 +38,15 @@ class LoadedRecipe:
     """A checked recipe and where each of its values comes from."""
 
     path: Path
-    recipe: SftRecipe | RlRecipe | EvaluateRecipe | ChainRecipe
+    recipe: StageRecipe | ChainRecipe | CurateRecipe
     origins: Mapping[str, str]
     """Dotted key -> `recipe`, `common`, `command line`, `chain`; a key that is absent here has its default."""
 
     @property
-    def stages(self) -> list[tuple[str, SftRecipe | RlRecipe | EvaluateRecipe]]:
-        """(name, stage) of a chain in order, or the one stage."""
+    def stages(self) -> list[tuple[str, StageRecipe]]:
+        """(name, stage) of a chain in order, or the one stage; a `RecipeError` for what makes data and trains nothing."""
+        if isinstance(self.recipe, CurateRecipe):
+            raise RecipeError(f"{self.path}: method is 'curate', which has steps and no stages; `vlpost curate` runs it")
         return list(self.recipe.stages.items()) if isinstance(self.recipe, ChainRecipe) else [(self.recipe.method, self.recipe)]
 
 
@@ -71,10 +80,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     if values.get("method") == "chain":
         values, origins = _expand_chain(values, origins, path)
     try:
-        recipe = TypeAdapter(Recipe).validate_python(values)
+        recipe = TypeAdapter(_ROOT).validate_python(values)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(path, problem, values) for problem in error.errors())) from error
-    if not isinstance(recipe, ChainRecipe) and recipe.model.stage is not None:
+    if not isinstance(recipe, ChainRecipe | CurateRecipe) and recipe.model.stage is not None:
         raise RecipeError(f"{path}: model.stage = {recipe.model.stage!r}: only a stage of a chain has an earlier stage; give model.path")
     return LoadedRecipe(path=path, recipe=recipe, origins=origins)
 
@@ -259,7 +268,7 @@ def _place(location: Sequence[Any], values: Mapping[str, Any]) -> tuple[str, lis
     return ".".join(kept), sorted({key for model in siblings for key in _keys(model)}), tag
 
 
-_STAGE_UNION: Any = SftRecipe | RlRecipe | EvaluateRecipe | ChainRecipe
+_STAGE_UNION: Any = StageRecipe | ChainRecipe | CurateRecipe
 
 
 def _members(annotation: Any) -> list[Any]:  # noqa: ANN401

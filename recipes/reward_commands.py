@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from ..model.records import DataError, Group, Rollout, VlpostError
 from .example_stream import open_stream, parse_row
 from .load import load_recipe
-from .schema import EvaluateRecipe, HandwritingData, JsonlData, RlRecipe, SftRecipe
+from .schema import DataConfig, EvaluateRecipe, SftRecipe, StageRecipe
 
 if TYPE_CHECKING:
     from ..model.config import Settings
@@ -287,7 +287,7 @@ def _lint(parsed: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def _judged_data(stage: SftRecipe | RlRecipe | EvaluateRecipe) -> list[HandwritingData | JsonlData]:
+def _judged_data(stage: StageRecipe) -> list[DataConfig]:
     """Returns the data whose responses the stage's rewards judge: what SFT trains on has them already."""
     trained = [] if isinstance(stage, SftRecipe) else [stage.data]
     validation = None if isinstance(stage, EvaluateRecipe) else stage.validation

@@ -1,4 +1,4 @@
-"""The command line: `vlpost run | check | show | evaluate RECIPE [key=value ...]` and `vlpost rewards list | try | lint | attack`."""
+"""The command line: `vlpost run | check | show | evaluate | curate RECIPE [key=value ...]`, `vlpost rewards list | try | lint | attack`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from ..model.config import ENGINE_ENVIRONMENT
 from ..model.records import VlpostError
+from .curate_config import CurateRecipe
 from .example_stream import read_rows
 from .load import load_recipe
 from .reward_commands import add_commands, refuse_faults
-from .schema import EvaluateRecipe, JsonlData, RlRecipe, SftRecipe
+from .schema import EvaluateRecipe, JsonlData, ParquetData, SftRecipe, StageRecipe
+from .sft_phases import leaves, training_data
 
 if TYPE_CHECKING:
     from ..rewards.manager import RewardManager
@@ -67,7 +69,18 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--engine", action="store_true", help="start the engine and compare it with the learner on the start model")
             sub.add_argument("--devices", type=int, metavar="N", help="estimate memory for N devices instead of this machine's")
             sub.add_argument("--device-memory", type=float, metavar="GIB", help="estimate memory for GPUs of so many GiB each")
+        if name == "show":
+            sub.add_argument(
+                "--example", type=int, metavar="N", help="print training example number N (from 0): trained tokens, images, positions"
+            )
+            sub.add_argument("--stage", metavar="NAME", help="with --example: the stage of a chain; by default its first training stage")
         sub.set_defaults(command=command, name=name)
+    text = "make a data set by the steps of a recipe of method curate; the same command again goes on where it was"
+    sub = commands.add_parser("curate", help=text, description=text)
+    sub.add_argument("recipe", type=Path, help="path of the YAML recipe")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's, e.g. seed=1")
+    sub.add_argument("--allow-code", action="store_true", help="allow reward plug-ins from files outside the recipe's folder")
+    sub.set_defaults(command=_curate, name="curate")
     add_commands(commands)
     return parser
 
@@ -75,6 +88,14 @@ def _parser() -> argparse.ArgumentParser:
 def _show(parsed: argparse.Namespace) -> int:
     from .show import resolved_lines
 
+    if parsed.example is not None:
+        set_environment()
+        from .show_example import print_example
+
+        print_example(load_recipe(parsed.recipe, parsed.overrides), parsed.example, stage_name=parsed.stage)
+        return 0
+    if parsed.stage is not None:
+        raise VlpostError(f"--stage {parsed.stage}: says whose example to show; add --example N")
     _print_lines(resolved_lines(load_recipe(parsed.recipe, parsed.overrides)))
     return 0
 
@@ -92,6 +113,12 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 def _check(parsed: argparse.Namespace) -> int:
     loaded = load_recipe(parsed.recipe, parsed.overrides)
+    if isinstance(loaded.recipe, CurateRecipe):
+        from .curate import check_curate
+
+        lines = check_curate(loaded.recipe, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
+        _print_lines([*lines, f"{parsed.recipe}: fine"])
+        return 0
     from ..rewards.manager import RewardManager
     from .check_memory import check_memory, find_devices
 
@@ -111,18 +138,15 @@ def _check(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _check_rows(
-    stage: SftRecipe | RlRecipe | EvaluateRecipe, manager: RewardManager, *, recipe_folder: Path, allow_code: bool
-) -> Iterator[str]:
+def _check_rows(stage: StageRecipe, manager: RewardManager, *, recipe_folder: Path, allow_code: bool) -> Iterator[str]:
     """Yields a line for each data file of the stage, every row of which has been read, its answer checked, and the rewards tried on it."""
     from ..rewards.lint import lint_rewards
 
     validation = None if isinstance(stage, EvaluateRecipe) else stage.validation
-    for key, source, is_sft in (
-        ("data", stage.data, isinstance(stage, SftRecipe)),
-        ("validation.data", validation.data if validation else None, False),
-    ):
-        if not isinstance(source, JsonlData):
+    sources = [(key, source, isinstance(stage, SftRecipe)) for key, source in training_data(stage)]
+    sources += [(key, source, False) for key, source in (leaves("validation.data", validation.data) if validation else ())]
+    for key, source, is_sft in sources:
+        if not isinstance(source, JsonlData | ParquetData):
             continue
         rows = read_rows(source, with_solution=is_sft)
         if not is_sft:
@@ -132,8 +156,27 @@ def _check_rows(
         yield f"{key} {source.path}: {len(rows)} rows"
 
 
+def _curate(parsed: argparse.Namespace) -> int:
+    loaded = load_recipe(parsed.recipe, parsed.overrides)
+    if not isinstance(loaded.recipe, CurateRecipe):
+        raise VlpostError(
+            f"{parsed.recipe}: method is {loaded.recipe.method!r}; `vlpost curate` takes a recipe of method curate, use `vlpost run`"
+        )
+    set_environment()
+    from .curate import curate
+
+    try:
+        curate(loaded.recipe, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
+    except KeyboardInterrupt:
+        print("vlpost: stopped; whole shards are kept, the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _run(parsed: argparse.Namespace) -> int:
     loaded = load_recipe(parsed.recipe, parsed.overrides)
+    if isinstance(loaded.recipe, CurateRecipe):
+        raise VlpostError(f"{parsed.recipe}: method is 'curate'; use `vlpost curate`")
     if parsed.name == "evaluate" and not isinstance(loaded.recipe, EvaluateRecipe):
         raise VlpostError(
             f"{parsed.recipe}: method is {loaded.recipe.method!r}; `vlpost evaluate` takes a recipe of method evaluate, use `vlpost run`"

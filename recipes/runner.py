@@ -16,12 +16,13 @@ from ..model.parity import check_parity
 from ..model.records import VlpostError
 from ..model.weight_sync import publish
 from .build import Workshop
+from .curate_config import CurateRecipe
 from .example_stream import open_stream
 from .interrupt import Interrupt, StopRequestedError
 from .load import LoadedRecipe
 from .report import draw_curves
 from .run_log import EVENTS_FILE, RunLog
-from .schema import EvaluateRecipe, RlRecipe, SftRecipe
+from .schema import EvaluateRecipe, RolloutStageConfig, StageRecipe
 from .stages import RunOptions, run_evaluation, run_training
 from .training import ResumeError, phase_of
 from .watchdog import Watchdog
@@ -33,6 +34,7 @@ EXIT_INTERRUPTED = 130
 def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
     """Runs the recipe in its output folder and returns the exit status."""
     recipe = loaded.recipe
+    assert not isinstance(recipe, CurateRecipe), "the command line hands those to `curate`"
     folder = recipe.output
     ranks = Ranks()
     _check_folder(loaded, resume)
@@ -91,7 +93,7 @@ def _draw(folder: Path, log: RunLog) -> None:
 
 
 def _run_stage(
-    stage: SftRecipe | RlRecipe | EvaluateRecipe,
+    stage: StageRecipe,
     *,
     workshop: Workshop,
     options: RunOptions,
@@ -123,9 +125,9 @@ def _run_stage(
 
 def check_engine(loaded: LoadedRecipe) -> str:
     """Runs the parity gate alone on the recipe's start model and returns its report; a chain checks its first RL stage."""
-    stage = next((stage for _, stage in loaded.stages if isinstance(stage, RlRecipe)), None)
+    stage = next((stage for _, stage in loaded.stages if isinstance(stage, RolloutStageConfig)), None)
     if stage is None:
-        raise VlpostError(f"{loaded.path}: no stage of method rl: there is nothing that an engine and a learner must agree on")
+        raise VlpostError(f"{loaded.path}: no stage draws rollouts: there is nothing that an engine and a learner must agree on")
     source = stage.model
     if source.stage is not None:  # the export does not exist yet: the chain's own start model stands in for it
         source = next(earlier.model for _, earlier in loaded.stages if earlier.model.stage is None)

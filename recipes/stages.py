@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from tempfile import TemporaryDirectory
 
 from accelerate.utils import set_seed
 
+from ..distill.teacher import Teacher, check_same_images, check_same_language, sight_rows
+from ..distill.train import OnPolicyDistillStage, teacher_of
 from ..model.checkpoint import CheckpointError, export_model, newest_checkpoint
 from ..model.learner import Learner
 from ..model.loading import hub_weights
@@ -22,16 +25,18 @@ from ..model.records import Example, VlpostError
 from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
 from ..rl.train import RlStage
+from ..sft.rows import RowNote
 from ..sft.train import SftStage
 from .alarms import Alarms, reward_spread
-from .build import Workshop
+from .build import LoadedModel, Workshop
 from .evaluate import evaluate
-from .example_stream import fingerprint, open_stream
+from .example_stream import ROW_LOG, fingerprint, open_stream
 from .faults import heed_alarms, heed_dropped_updates, save_for_good, save_or_go_on
 from .interrupt import Interrupt, StopRequestedError
 from .roll_back import RollBacks
 from .run_log import RunLog
-from .schema import EvaluateRecipe, RlRecipe, SftRecipe
+from .schema import EvaluateRecipe, OnPolicyDistillRecipe, RlRecipe, RolloutStageConfig, SftRecipe, TrainingRecipe
+from .sft_phases import PhasePlan, dealt, examples_of_step, open_phases, plan_of_step, plan_phases
 from .training import Training, limit_s, phase_of
 from .watchdog import Watchdog
 
@@ -46,7 +51,7 @@ class RunOptions:
 
 
 def run_training(
-    recipe: SftRecipe | RlRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, interrupt: Interrupt, watchdog: Watchdog
+    recipe: TrainingRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, interrupt: Interrupt, watchdog: Watchdog
 ) -> Path:
     """Trains one stage and returns the folder of its export. Raises `StopRequestedError` after saving when Ctrl-C was pressed."""
     with ExitStack() as stack:
@@ -65,7 +70,7 @@ def run_training(
 
 
 def _build(
-    recipe: SftRecipe | RlRecipe,
+    recipe: TrainingRecipe,
     stack: ExitStack,
     *,
     workshop: Workshop,
@@ -76,12 +81,16 @@ def _build(
 ) -> Training:
     """Returns the stage, built and not yet resumed; what has to be closed is left to `stack`."""
     # The data first: a bad row is named before anything slow starts.
-    stream = open_stream(recipe.data, seed=recipe.seed, with_solution=isinstance(recipe, SftRecipe))
+    with _logged_rows(log, phase_of(recipe)):
+        if isinstance(recipe, SftRecipe):
+            plans = plan_phases(recipe)
+            stream, num_steps = open_phases(plans, seed=recipe.seed), sum(plan.num_steps for plan in plans)
+        else:
+            stream, num_steps = open_stream(recipe.data, seed=recipe.seed, with_solution=False), recipe.rounds.num_steps
     loaded = workshop.load(recipe.model, dtype=recipe.learner.dtype, seed=recipe.seed)
     _check_shares(recipe, workshop.ranks.size)
-    num_steps = recipe.sft.num_steps if isinstance(recipe, SftRecipe) else recipe.rl.num_steps
-    updates = num_steps if isinstance(recipe, SftRecipe) else num_steps * recipe.rl.num_mini_batches
-    needs_engine = isinstance(recipe, RlRecipe) or recipe.validation is not None
+    updates = num_steps if isinstance(recipe, SftRecipe) else num_steps * recipe.rounds.num_mini_batches
+    needs_engine = isinstance(recipe, RolloutStageConfig) or recipe.validation is not None
     rewards = stack.enter_context(
         RewardManager(recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code, cache_folder=recipe.output)
     )
@@ -95,6 +104,7 @@ def _build(
     reference = workshop.load_again(loaded, dtype=recipe.learner.dtype) if needs_copy else None
     learner = Learner(loaded.model, config=recipe.learner, num_steps=updates, reference=reference)
     log.say(f"{phase_of(recipe)}: {learner.describe()}")
+    teachers = _open_teachers(recipe, loaded, workshop=workshop, log=log) if isinstance(recipe, OnPolicyDistillRecipe) else []
     engine_of = partial(workshop.engine, loaded, recipe.sampler, dtype=recipe.learner.dtype, lora=recipe.learner.lora)
     return Training(
         recipe=recipe,
@@ -107,20 +117,46 @@ def _build(
         interrupt=interrupt,
         watchdog=watchdog,
         stream=stream,
+        teachers=teachers,
         num_steps=num_steps,
         alarms=Alarms(recipe.alarms),
         roll_backs=RollBacks(every=recipe.checkpoint.every),
     )
 
 
-def _check_shares(recipe: SftRecipe | RlRecipe, num_ranks: int) -> None:
+@contextmanager
+def _logged_rows(log: RunLog, name: str) -> Iterator[None]:
+    """Writes what the reading of rows drops and repairs to the run's events."""
+
+    class Events(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note = getattr(record, "row_note", None)
+            if note is not None:
+                log.event("row", phase=name, place=note.place, outcome=note.outcome, fault=note.kind, reason=note.reason)
+
+    handler, level = Events(), ROW_LOG.level
+    ROW_LOG.addHandler(handler)
+    ROW_LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ROW_LOG.removeHandler(handler)
+        ROW_LOG.setLevel(level)
+
+
+def _check_shares(recipe: TrainingRecipe, num_ranks: int) -> None:
     """Raises unless every rank gets equally many examples of every optimizer update."""
     if isinstance(recipe, SftRecipe):
-        key, count, parts = "sft.examples_per_step", recipe.sft.examples_per_step, num_ranks
+        of_phases = {f"phases.{name}.examples_per_step": phase.examples_per_step for name, phase in recipe.phases.items()}
+        counts, parts = {"sft.examples_per_step": recipe.sft.examples_per_step, **of_phases}, num_ranks
     else:
-        key, count, parts = "rl.prompts_per_step", recipe.rl.prompts_per_step, num_ranks * recipe.rl.num_mini_batches
-    if count % parts:
-        raise VlpostError(f"{key} = {count} cannot be shared equally by {num_ranks} processes in every update: give a multiple of {parts}")
+        key = "rl" if isinstance(recipe, RlRecipe) else "distill"
+        counts, parts = {f"{key}.prompts_per_step": recipe.rounds.prompts_per_step}, num_ranks * recipe.rounds.num_mini_batches
+    for key, count in counts.items():
+        if count is not None and count % parts:
+            raise VlpostError(
+                f"{key} = {count} cannot be shared equally by {num_ranks} processes in every update: give a multiple of {parts}"
+            )
 
 
 def _export(training: Training) -> Path:
@@ -162,8 +198,9 @@ def _start(training: Training, resume: bool) -> None:
         # Also without a checkpoint: a run killed before its first one has logged steps that will be done again.
         training.log.truncate_after(phase_of(recipe), training.step)
         training.log.event("resumed", step=training.step)
-    first = training.stream.examples(training.step * _examples_per_step(recipe), _examples_per_step(recipe))
+    first = training.stream.examples(*_examples_of_step(recipe, training.step))
     training.log.event("data", fingerprint=fingerprint(first), examples=len(first))
+    _check_sight(training, first)
     if isinstance(recipe, RlRecipe):
         training.rewards.check_examples(
             first if training.stream.num_rows is None else training.stream.examples(0, training.stream.num_rows)
@@ -204,14 +241,17 @@ def _gate(training: Training, when: str) -> None:
 def _gate_examples(training: Training) -> list[Example]:
     """Returns prompts like those of the run: its own for RL, the validation's for SFT."""
     recipe = training.recipe
-    if isinstance(recipe, RlRecipe):
+    if isinstance(recipe, RolloutStageConfig):
         return training.stream.examples(0, recipe.parity.num_examples)
     assert recipe.validation is not None
     return open_stream(recipe.validation.data, seed=0, with_solution=False).examples(0, recipe.parity.num_examples)
 
 
-def _examples_per_step(recipe: SftRecipe | RlRecipe) -> int:
-    return recipe.sft.examples_per_step if isinstance(recipe, SftRecipe) else recipe.rl.prompts_per_step
+def _examples_of_step(recipe: TrainingRecipe, step: int) -> tuple[int, int]:
+    """Returns the number of the step's first example, and how many it has; steps count from 0."""
+    if isinstance(recipe, SftRecipe):
+        return examples_of_step(plan_phases(recipe), step)
+    return step * recipe.rounds.prompts_per_step, recipe.rounds.prompts_per_step
 
 
 StepFunction = Callable[[int, Sequence[Example]], tuple[Mapping[str, float], Sequence[ScoredGroup]]]
@@ -220,9 +260,10 @@ StepFunction = Callable[[int, Sequence[Example]], tuple[Mapping[str, float], Seq
 def _step_function(training: Training) -> StepFunction:
     recipe, chat = training.recipe, training.loaded.chat
     if isinstance(recipe, SftRecipe):
-        sft = SftStage(recipe.sft, learner=training.learner, chat=chat)
-        return lambda _, examples: (sft.step(examples), ())
+        return _sft_step_function(training, plan_phases(recipe))
     assert training.sampler is not None
+    if isinstance(recipe, OnPolicyDistillRecipe):
+        return _distill_step_function(training, recipe)
     rl = RlStage(
         recipe.rl,
         learner=training.learner,
@@ -241,16 +282,82 @@ def _step_function(training: Training) -> StepFunction:
     return step
 
 
+def _distill_step_function(training: Training, recipe: OnPolicyDistillRecipe) -> StepFunction:
+    assert training.sampler is not None
+    distill = OnPolicyDistillStage(
+        recipe.distill,
+        learner=training.learner,
+        sampler=training.sampler,
+        teachers=training.teachers,
+        chat=training.loaded.chat,
+        distribution=training.loaded.distribution(recipe.sampler.temperature),
+        seed=recipe.seed,
+        phase=training.phase,
+    )
+
+    def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
+        return distill.step(number, examples, training.interrupt.check).metrics, ()
+
+    return step
+
+
+def _open_teachers(recipe: OnPolicyDistillRecipe, student: LoadedModel, *, workshop: Workshop, log: RunLog) -> list[Teacher]:
+    """Returns the teachers, each checked against the student's tokens and image patches."""
+    teachers = []
+    for name, config in recipe.teachers.items():
+        loaded = workshop.load(config.model, dtype=recipe.learner.dtype, seed=recipe.seed)
+        check_same_language(student.chat, loaded.chat, name=name)
+        check_same_images(student.model, loaded.model, name=name)
+        size = sum(parameter.numel() for parameter in loaded.model.parameters())
+        log.say(f"{phase_of(recipe)}: teacher {name}: {loaded.folder}, {size:,} parameters, {', '.join(config.tasks) or 'all other tasks'}")
+        teachers.append(Teacher(loaded.model, name=name, config=recipe.learner, tasks=config.tasks))
+    return teachers
+
+
+def _check_sight(training: Training, examples: Sequence[Example]) -> None:
+    """Raises `TeacherError` for a teacher to whom the images of the first step make no difference."""
+    chat, distribution = training.loaded.chat, training.loaded.distribution(training.recipe.sampler.temperature)
+    for teacher in training.teachers:
+        seen = next((row for row in examples if row.media and teacher_of(row, training.teachers) is teacher), None)
+        if seen is not None:
+            gap = teacher.check_sight(*sight_rows(seen, chat), chat=chat, distribution=distribution)
+            training.log.say(f"{training.name}: teacher {teacher.name} sees images: inverted, they move its log-probs by up to {gap:.2g}")
+
+
+def _sft_step_function(training: Training, plans: Sequence[PhasePlan]) -> StepFunction:
+    """Returns the step of supervised fine-tuning, each phase with its own settings; what happens to rows goes to the log."""
+    log, name = training.log, training.name
+    noted: set[str] = set()
+
+    def heed(note: RowNote) -> None:
+        log.event("row", phase=name, step=training.step + 1, id=note.example_id, outcome=note.outcome, reason=note.reason)
+        if note.outcome not in noted:
+            noted.add(note.outcome)
+            log.say(f"{name}: example {note.example_id} {note.outcome}: {note.reason}; events.jsonl names the others")
+
+    by_phase = {plan.name: SftStage(plan.config, learner=training.learner, chat=training.loaded.chat, heed=heed) for plan in plans}
+
+    def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
+        plan = plan_of_step(plans, number)
+        if plan.name and number == plan.first_step:
+            log.say(f"{name}: phase {plan.name}, steps {number + 1} to {number + plan.num_steps}")
+            log.event("phase", phase=name, name=plan.name, after_step=number)
+        return by_phase[plan.name].step(examples), ()
+
+    return step
+
+
 def _loop(training: Training, step_function: StepFunction) -> None:
     """Steps from where the stage stands to its end, or to its plateau."""
     recipe, log = training.recipe, training.log
     phase = phase_of(recipe)
-    count = _examples_per_step(recipe)
     log.start_phase(phase, num_steps=training.num_steps, steps_done=training.step)
     while training.step < training.num_steps and not _at_plateau(training):
         training.interrupt.check()
-        examples = training.learner.ranks.share(training.stream.examples(training.step * count, count))
-        with training.phase("step" if isinstance(recipe, RlRecipe) else "update"):
+        examples = training.stream.examples(*_examples_of_step(training.recipe, training.step))
+        ranks = training.learner.ranks
+        examples = ranks.share(dealt(examples, ranks.size) if isinstance(recipe, SftRecipe) else examples)
+        with training.phase("step" if isinstance(recipe, RolloutStageConfig) else "update"):
             metrics, scored = step_function(training.step, examples)
         metrics = {**metrics, **training.learner.ranks.merge([reward_spread(scored)])}
         training.step += 1
@@ -260,7 +367,7 @@ def _loop(training: Training, step_function: StepFunction) -> None:
             log.rollouts(training.step, scored, phase=phase)
         heed_dropped_updates(training)
         _heed(training, metrics)
-        if isinstance(recipe, RlRecipe) and training.step <= recipe.parity.num_publishes:
+        if isinstance(recipe, RolloutStageConfig) and training.step <= recipe.parity.num_publishes:
             _gate(training, f"after publish {training.step}")
         if recipe.validation is not None and training.step % recipe.validation.every == 0:
             _validate(training, phase)

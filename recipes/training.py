@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..distill.teacher import Teacher
 from ..model.checkpoint import CheckpointError, checkpoint_folder, load_checkpoint, save_checkpoint, saved_steps
 from ..model.learner import Learner
 from ..model.records import VlpostError
@@ -24,7 +25,7 @@ from .example_stream import ExampleStream, open_stream
 from .interrupt import Interrupt
 from .roll_back import RollBacks
 from .run_log import RunLog
-from .schema import EvaluateRecipe, RlRecipe, SftRecipe, WatchdogConfig
+from .schema import SftRecipe, StageRecipe, TrainingRecipe, WatchdogConfig
 from .watchdog import Watchdog
 
 
@@ -32,7 +33,7 @@ class ResumeError(VlpostError):
     """A run that cannot go on from what lies in its folder."""
 
 
-def phase_of(recipe: SftRecipe | RlRecipe | EvaluateRecipe) -> str:
+def phase_of(recipe: StageRecipe) -> str:
     """Returns the stage's name in logs: its key in the chain, or its method."""
     return recipe.name or recipe.method
 
@@ -56,7 +57,7 @@ class Plateau:
 class Training:
     """A training stage in flight."""
 
-    recipe: SftRecipe | RlRecipe
+    recipe: TrainingRecipe
     folder: Path
     loaded: LoadedModel
     learner: Learner
@@ -66,6 +67,8 @@ class Training:
     interrupt: Interrupt
     watchdog: Watchdog
     stream: ExampleStream
+    teachers: Sequence[Teacher]
+    """Of on-policy distillation; else none."""
     num_steps: int
     alarms: Alarms
     roll_backs: RollBacks
@@ -186,13 +189,14 @@ class Training:
 
 
 def limit_s(config: WatchdogConfig, phase: str) -> float | None:
-    """Returns the seconds that a phase may take, None for no limit; `step` is a whole step of RL, the sum of its four phases."""
+    """Returns the seconds that a phase may take, None for no limit; `step` is a whole step with rollouts, the sum of its four phases."""
     of_step = (config.rollout_s, config.reward_s, config.update_s, config.publish_s)
     limits = {
         "start": config.start_s,
         "step": None if None in of_step else sum(seconds or 0.0 for seconds in of_step),
         "rollout": config.rollout_s,
         "reward": config.reward_s,
+        "teacher": config.reward_s,
         "update": config.update_s,
         "publish": config.publish_s,
         "save": config.save_s,
@@ -201,12 +205,15 @@ def limit_s(config: WatchdogConfig, phase: str) -> float | None:
     return limits[phase]
 
 
-def comparable_recipe(recipe: SftRecipe | RlRecipe) -> dict[str, Any]:
+def comparable_recipe(recipe: TrainingRecipe) -> dict[str, Any]:
     """Returns the settings that decide what a run computes: not where it writes, to whom it reports, how often it saves, or when it
     gives up. Alarms may be changed on resume: a run that one of them stopped could not go on otherwise.
     """
     left_out = {"output", "checkpoint", "name", "trackers", "watchdog", "alarms", "max_roll_backs", "max_nonfinite_updates"}
-    return recipe.model_dump(mode="json", exclude=left_out)
+    values = recipe.model_dump(mode="json", exclude=left_out)
+    if isinstance(recipe, SftRecipe) and recipe.phases:
+        values["order of phases"] = list(recipe.phases)  # mappings compare without it
+    return values
 
 
 def _first_change(saved: object, now: object, key: str = "") -> str | None:

@@ -92,7 +92,7 @@ def test_a_folder_that_is_not_empty_is_refused_without_resume(command, recipe, t
 
 def test_check_with_engine_needs_something_to_compare(recipe, capsys, tmp_path):
     assert main(["check", str(recipe), "--engine"]) == 1
-    assert "no stage of method rl: there is nothing that an engine and a learner must agree on" in capsys.readouterr().err
+    assert "no stage draws rollouts: there is nothing that an engine and a learner must agree on" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

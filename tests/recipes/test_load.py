@@ -159,8 +159,12 @@ def test_a_missing_key_is_named(refusal, old, new, words):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("method: rl", "method: rll", "method = 'rll': must be one of 'sft', 'rl', 'evaluate', 'chain'"),
-        ("use: handwriting", "use: handwritten", "data: use = 'handwritten': must be one of 'handwriting', 'jsonl', 'mix'"),
+        ("method: rl", "method: rll", "method = 'rll': must be one of 'sft', 'rl', 'on_policy_distill', 'evaluate', 'chain', 'curate'"),
+        (
+            "use: handwriting",
+            "use: handwritten",
+            "data: use = 'handwritten': must be one of 'handwriting', 'jsonl', 'parquet', 'hub', 'curated', 'mix'",
+        ),
         ("name: grpo", "name: ppo", "rl.policy_loss: name = 'ppo': must be one of 'sapo', 'grpo', 'gspo', 'reinforce'"),
         ("group_size: 2", "group_size: 1", "rl.group_size = 1: Input should be greater than or equal to 2"),
         ("num_steps: 3", "num_steps: many", "rl.num_steps = 'many': Input should be a valid integer, unable to parse string as an integer"),
@@ -320,7 +324,11 @@ def test_a_block_is_not_handed_to_a_method_that_has_none(write):
         ("  exam:", "  1:", "stages: 1: a stage's name is its folder's too; use letters, digits, _ and -"),
         ("  exam:", "  ../exam:", "stages: '../exam': a stage's name is its folder's too; use letters, digits, _ and -"),
         ("  exam:", "  ex.am:", "stages: 'ex.am': a stage's name is its folder's too; use letters, digits, _ and -"),
-        ("method: evaluate", "method: evaluatee", "stages.exam: method = 'evaluatee': must be one of 'sft', 'rl', 'evaluate'"),
+        (
+            "method: evaluate",
+            "method: evaluatee",
+            "stages.exam: method = 'evaluatee': must be one of 'sft', 'rl', 'on_policy_distill', 'evaluate'",
+        ),
         ("stage: sft", "stage: sfx", "stages.exam.model.stage = 'sfx': must be an earlier training stage, one of ['sft']"),
         ("stage: sft", "stage: exam", "stages.exam.model.stage = 'exam': must be an earlier training stage, one of ['sft']"),
     ],

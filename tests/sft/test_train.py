@@ -168,9 +168,14 @@ def test_a_step_says_what_it_did(make_stage):
         "time/step_s",
         "time/tokens_per_s",
         "nonfinite_updates",
+        "rows",
+        "rows_dropped",
+        "rows_split",
+        "text_only_frac",
     }
     assert set(metrics) == names
-    assert metrics.pop("nonfinite_updates") == 0.0
+    assert [metrics.pop(name) for name in ("nonfinite_updates", "rows_dropped", "rows_split")] == [0.0, 0.0, 0.0]
+    assert (metrics["rows"], metrics["text_only_frac"]) == (4.0, 0.25)
     assert all(math.isfinite(value) and value > 0 for value in metrics.values())
     assert metrics["unique_tokens"] == sum(len(s.token_ids) for row in rows() for s in supervised_sequences(row, stage.chat))
     assert stage.learner.policy_version == 1
