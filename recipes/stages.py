@@ -23,7 +23,7 @@ from ..model.lora import perturbed_adapter
 from ..model.parity import check_parity
 from ..model.records import Example, VlpostError
 from ..rewards.manager import RewardManager
-from ..rewards.result import ScoredGroup
+from ..rewards.result import ScoredGroup, UnjudgedRollout
 from ..rl.train import RlStage
 from ..sft.rows import RowNote
 from ..sft.train import SftStage
@@ -296,7 +296,15 @@ def _distill_step_function(training: Training, recipe: OnPolicyDistillRecipe) ->
     )
 
     def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
-        return distill.step(number, examples, training.interrupt.check).metrics, ()
+        result = distill.step(number, examples, training.interrupt.check)
+        reasons = {"teacher": "on-policy distillation scores tokens, not responses"}
+        drawn = [
+            ScoredGroup(
+                example=group.example, judged=(), unjudged=tuple(UnjudgedRollout(rollout=r, reasons=reasons) for r in group.rollouts)
+            )
+            for group in result.groups
+        ]
+        return result.metrics, drawn
 
     return step
 
