@@ -27,7 +27,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         log_z = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_z)
-        chosen = torch.empty_like(log_z)
+        chosen = torch.empty(token_ids.shape, dtype=torch.float32, device=hidden.device)
         for rows in blocks_of(len(hidden), TOKEN_BLOCK):
             maximum = torch.full_like(log_z[rows], -torch.inf)
             normaliser = torch.zeros_like(maximum)  # sum of exp(logit - maximum)
@@ -45,14 +45,14 @@ class _TokenLogprobs(torch.autograd.Function):
                 normaliser = shrink * normaliser + exponent.sum(dim=-1)
                 maximum = new_maximum
                 here = (token_ids[rows] >= columns.start) & (token_ids[rows] < columns.stop)
-                picked = logits.gather(1, (token_ids[rows] - columns.start).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                picked = logits.gather(1, (token_ids[rows] - columns.start).clamp(0, logits.shape[1] - 1))
                 chosen[rows] = torch.where(here, picked, chosen[rows])
             log_z[rows] = maximum + normaliser.log()
             entropy[rows] = normaliser.log() - weighted / normaliser
         ctx.save_for_backward(hidden, head, token_ids, log_z)
         ctx.allowed, ctx.temperature = allowed, temperature
         ctx.mark_non_differentiable(entropy)
-        return chosen - log_z, entropy
+        return chosen - log_z[:, None], entropy
 
     @staticmethod
     @once_differentiable
@@ -64,9 +64,11 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in blocks_of(len(hidden), TOKEN_BLOCK):
             for columns in blocks_of(len(head), VOCABULARY_BLOCK):
                 logits = tile_logits(hidden[rows], head[columns], ctx.allowed, columns, ctx.temperature)
-                grad_logits = torch.exp(logits - log_z[rows, None]) * -grad[rows, None]
-                here = ((token_ids[rows] >= columns.start) & (token_ids[rows] < columns.stop)).nonzero()[:, 0]
-                grad_logits[here, token_ids[rows][here] - columns.start] += grad[rows][here]
+                grad_logits = torch.exp(logits - log_z[rows, None]) * -grad[rows].sum(dim=-1, keepdim=True)
+                here, which = ((token_ids[rows] >= columns.start) & (token_ids[rows] < columns.stop)).nonzero(as_tuple=True)
+                # An id may be asked for twice at one position.
+                places = here, token_ids[rows][here, which] - columns.start
+                grad_logits.index_put_(places, grad[rows][here, which], accumulate=True)
                 grad_hidden[rows] += product(grad_logits.to(hidden.dtype), head[columns].to(hidden.dtype))
                 grad_head[columns] += product(grad_logits.to(hidden.dtype).T, hidden[rows])
         return grad_hidden.to(hidden.dtype), grad_head.to(head.dtype), None, None, None
@@ -78,6 +80,17 @@ def token_logprobs(hidden: Tensor, head: Tensor, *, token_ids: Tensor, allowed: 
     `hidden` [N, H] predicts `token_ids` [N]; `head` is the output matrix [V, H]. With logits l = hidden head^T / temperature,
     disallowed ids set to -inf, log-prob = l[id] - logsumexp(l) and entropy = logsumexp(l) - sum(p l). `allowed` is [V] bool or None
     for the whole vocabulary. An id that is not allowed has log-prob -inf. The entropy carries no gradient.
+    """
+    logprobs, entropy = support_logprobs(hidden, head, token_ids=token_ids[:, None], allowed=allowed, temperature=temperature)
+    return logprobs[:, 0], entropy
+
+
+def support_logprobs(
+    hidden: Tensor, head: Tensor, *, token_ids: Tensor, allowed: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the log-probs [N, K] of K ids at each position and the entropy [N], both in nats and fp32.
+
+    `token_ids` is [N, K]; everything else is as in `token_logprobs`. The log-probs are over all allowed ids, not over the K.
     """
     hidden = in_autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # backward runs outside of autocast and must compute the same products
