@@ -10,7 +10,7 @@ Bytes everywhere; a token is a packed, unique token with images expanded, a patc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -424,11 +424,13 @@ def estimate_memory(
     device_bytes: int,
     image_tokens: int,
     has_reference: bool = False,
+    teachers: Sequence[ModelShape] = (),
 ) -> MemoryEstimate:
     """Returns the peak of one of `world_size` devices in a step of several full micro-batches after the first update.
 
     `image_tokens` of the token budget are images; `sampler` is the engine in the same process, None without one, and `device_bytes` the
-    memory of the device, of which it takes its share. A reference model is a frozen copy, which an adapter makes unnecessary.
+    memory of the device, of which it takes its share. A reference model is a frozen copy, which an adapter makes unnecessary. Of
+    teachers, sharded as the student is, the weights count: their forward keeps nothing.
     """
     counts = count_parameters(shape)
     training = part_training(learner)
@@ -461,6 +463,7 @@ def estimate_memory(
     }
     if has_reference and learner.lora is None:
         terms["reference"] = c * counts.total // shards
+    terms["teachers"] = c * sum(count_parameters(teacher).total for teacher in teachers) // shards
     if sampler is not None:
         if device == "cuda":
             terms["engine"] = int(sampler.gpu_memory_utilization * device_bytes)

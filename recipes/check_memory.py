@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..model.memory import (
 )
 from ..model.records import VlpostError
 from .load import LoadedRecipe
-from .schema import EvaluateRecipe, RlRecipe, RolloutStageConfig, StageRecipe, TrainingRecipe
+from .schema import EvaluateRecipe, ModelConfig, OnPolicyDistillRecipe, RlRecipe, RolloutStageConfig, StageRecipe, TrainingRecipe
 
 IMAGE_FRAC = 0.5
 """Share of the token budget that is taken to be images where the recipe does not say; refusals count none."""
@@ -88,12 +88,16 @@ def check_memory(loaded: LoadedRecipe, devices: Devices) -> Iterator[str]:
     for name, stage in loaded.stages:
         if isinstance(stage, EvaluateRecipe):
             continue
-        shape = _shape(stage, stages)
+        shape = _shape(stage.model, stages)
+        taught_by = _teacher_shapes(stage, stages)
+        teachers = [known for known in taught_by.values() if known is not None]
+        for teacher in (teacher for teacher, known in taught_by.items() if known is None):
+            yield f"{name}: memory: teacher {teacher} is not counted, its shape is not known; name a folder that holds it"
         if shape is None:
             yield f"{name}: memory: no estimate, the shape of {_start_model(stage, stages)} is not known; name a folder that holds it"
             continue
-        estimate = _estimate(stage, shape, devices, image_frac=IMAGE_FRAC)
-        least = _estimate(stage, shape, devices, image_frac=0.0)
+        estimate = _estimate(stage, shape, devices, image_frac=IMAGE_FRAC, teachers=teachers)
+        least = _estimate(stage, shape, devices, image_frac=0.0, teachers=teachers)
         _refuse_if_short(name, stage, least, devices)
         _refuse_if_engine_is_short(name, stage, shape, devices)
         yield from _lines(name, stage, shape, estimate, devices)
@@ -105,18 +109,25 @@ def _start_model(stage: StageRecipe, stages: Mapping[str, StageRecipe]) -> str:
     return stage.model.path or "nano"
 
 
-def _shape(stage: TrainingRecipe, stages: Mapping[str, StageRecipe]) -> ModelShape | None:
-    source: StageRecipe = stage
-    while source.model.stage is not None:
-        source = stages[source.model.stage]
-    if source.model.nano is not None:
-        return nano_shape(source.model.nano)
-    assert source.model.path is not None
-    folder = Path(source.model.path)
-    return folder_shape(folder) if folder.exists() else hub_shape(source.model.path)
+def _shape(model: ModelConfig, stages: Mapping[str, StageRecipe]) -> ModelShape | None:
+    while model.stage is not None:
+        model = stages[model.stage].model
+    if model.nano is not None:
+        return nano_shape(model.nano)
+    assert model.path is not None
+    folder = Path(model.path)
+    return folder_shape(folder) if folder.exists() else hub_shape(model.path)
 
 
-def _estimate(stage: TrainingRecipe, shape: ModelShape, devices: Devices, *, image_frac: float) -> MemoryEstimate:
+def _teacher_shapes(stage: TrainingRecipe, stages: Mapping[str, StageRecipe]) -> dict[str, ModelShape | None]:
+    """Returns the shapes of a distillation's teachers by name, None where one is not known."""
+    teachers = stage.teachers if isinstance(stage, OnPolicyDistillRecipe) else {}
+    return {name: _shape(teacher.model, stages) for name, teacher in teachers.items()}
+
+
+def _estimate(
+    stage: TrainingRecipe, shape: ModelShape, devices: Devices, *, image_frac: float, teachers: Sequence[ModelShape]
+) -> MemoryEstimate:
     return estimate_memory(
         shape,
         stage.learner,
@@ -126,6 +137,7 @@ def _estimate(stage: TrainingRecipe, shape: ModelShape, devices: Devices, *, ima
         device_bytes=devices.device_bytes,
         image_tokens=int(stage.learner.token_budget * image_frac),
         has_reference=isinstance(stage, RlRecipe) and stage.rl.kl is not None,
+        teachers=teachers,
     )
 
 

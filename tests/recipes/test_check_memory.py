@@ -31,6 +31,17 @@ rl: {num_steps: 1, prompts_per_step: 2, group_size: 2}
 learner: {learning_rate: 1.0e-5, token_budget: 8192}
 """
 
+DISTILL = """
+method: on_policy_distill
+model: {path: MODEL}
+teachers: {large: {model: {path: Qwen/Qwen3-VL-32B-Instruct}}, other: {model: {path: some/model}, tasks: [x]}}
+sampler: {max_response_tokens: 8, max_model_len: 64}
+rewards: {components: {answer: {use: count}}}
+data: {use: handwriting, tasks: {add: 1.0}}
+distill: {num_steps: 1, prompts_per_step: 2}
+learner: {learning_rate: 1.0e-5, token_budget: 8192, freeze: [vision, merger]}
+"""
+
 
 @pytest.fixture
 def recipe(tmp_path):
@@ -86,9 +97,10 @@ def test_a_stage_that_fits_only_without_images_is_told_so(recipe, capsys):
     words = ("learner.token_budget=65536", "learner.lora={rank: 8, parts: [vision]}", "learner.gradient_checkpointing=false")
     loaded = load_recipe(recipe(SFT, "Qwen/Qwen3-VL-2B-Instruct"), words)
     stage = loaded.recipe
-    shape = check_memory._shape(stage, {"sft": stage})
+    shape = check_memory._shape(stage.model, {"sft": stage})
     sizes = [
-        check_memory._estimate(stage, shape, Devices(kind="cuda", count=1, device_bytes=1), image_frac=frac).total for frac in (0.0, 0.5)
+        check_memory._estimate(stage, shape, Devices(kind="cuda", count=1, device_bytes=1), image_frac=frac, teachers=()).total
+        for frac in (0.0, 0.5)
     ]
     devices = Devices(kind="cuda", count=1, device_bytes=sum(sizes) // 2)
     assert "does NOT fit with so many images" in next(iter(check_memory.check_memory(loaded, devices)))
@@ -161,3 +173,14 @@ def test_this_machines_gpus_are_asked_for(monkeypatch, tmp_path):
 def test_a_machine_that_does_not_say_its_memory_needs_the_options(tmp_path):
     with pytest.raises(check_memory.VlpostError, match="give --devices and --device-memory"):
         check_memory._main_bytes(tmp_path / "meminfo")
+
+
+def test_teachers_are_counted_and_unknown_ones_named(recipe, capsys):
+    path = recipe(DISTILL, "Qwen/Qwen3-VL-2B-Instruct")
+    assert check(path, "--devices", "8", "--device-memory", "141") == 0
+    said = capsys.readouterr().out
+    teachers = next(term for term in said.replace(" GiB", "").split(", ") if term.startswith("teachers "))
+    assert float(teachers.split()[1]) == pytest.approx(33e9 * 2 / 8 / GIB, rel=0.03)  # bfloat16, sharded over 8
+    assert "memory: teacher other is not counted, its shape is not known; name a folder that holds it" in said
+    assert check(path, "--devices", "1", "--device-memory", "40") == 1
+    assert "the largest terms are teachers" in capsys.readouterr().err

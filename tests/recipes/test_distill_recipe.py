@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import vlpost.recipes
 from vlpost.recipes.load import RecipeError, load_recipe
 
 RECIPE = """
@@ -86,3 +88,10 @@ def test_a_recipe_that_does_not_fit_together_is_refused(tmp_path, old, new, word
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace(old, new).format(output=tmp_path / "run"))
     with pytest.raises(RecipeError, match=words):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("name", ["nano_on_policy.yaml", "qwen3_vl_2b_from_32b_on_policy.yaml"])
+def test_the_shipped_recipes_load_and_say_that_they_were_not_run(name):
+    path = Path(vlpost.recipes.__file__).parent / name
+    assert load_recipe(path).recipe.method in ("chain", "on_policy_distill")
+    assert "not run" in path.read_text(encoding="utf-8").partition("method:")[0].lower()
