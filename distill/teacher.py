@@ -50,7 +50,7 @@ class Teacher:
 
         def compute(model: PreTrainedModel) -> ReferenceStates:
             vision = vision_pass(model.model, on_device.vision, must_run=self._is_sharded)
-            return frozen_states(model, on_device, distribution, vision=vision, with_head=True)
+            return frozen_states(model, on_device, distribution, vision=vision, copy=self._copy)
 
         return self._copy.run(compute)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..model.chat import Chat
@@ -19,9 +18,9 @@ from ..model.divergence import token_forward_kl, token_jsd, token_kl
 from ..model.learner import Distribution, Learner, TokenDivergence, TokenLogprobs
 from ..model.metrics import Metric, maximum, mean, total
 from ..model.packing import Batch, pack, weigh
-from ..model.records import DataError, Example, Group, Rollout
+from ..model.records import DataError, Example, Group
 from ..model.reference import ReferenceStates
-from ..model.rollouts import StepClock, draw_groups, speeds, train_sequence
+from ..model.rollouts import StepClock, draw_groups, length_metrics, speeds, train_sequence
 from ..model.sampler import Sampler, request_seed
 from ..model.weight_sync import publish
 from ..rl.policy_loss import engine_mismatch, truncated_importance_weights
@@ -105,7 +104,9 @@ class OnPolicyDistillStage:
         with clock.phase("publish"):
             publish(self.learner, self.sampler)
         seen = [loss.metrics for of_batch in losses for loss in of_batch]
-        measured = self.learner.ranks.merge([*updates, *seen, _rollout_metrics(groups), clock.metrics(groups)])
+        measured = self.learner.ranks.merge(
+            [*updates, *seen, length_metrics([rollout for group in groups for rollout in group.rollouts]), clock.metrics(groups)]
+        )
         return DistillStepResult(metrics={**measured, **speeds(measured)}, groups=tuple(groups))
 
     def _mini_batches(self, groups: Sequence[Group]) -> list[Sequence[Group]]:
@@ -117,7 +118,7 @@ class OnPolicyDistillStage:
         families = weigh(
             [
                 [
-                    train_sequence(group.example.id, number, rollout, DrawnTargets(sampler_logprobs=_drawn(rollout)))
+                    train_sequence(group.example.id, number, rollout, DrawnTargets(sampler_logprobs=rollout.drawn_logprobs))
                     for number, rollout in enumerate(group.rollouts)
                 ]
                 for group in groups
@@ -233,20 +234,3 @@ class DistillLoss:
             divergence = outputs.divergence.detach()
             self.metrics["teacher_divergence"] = mean(divergence.mean(), count)
             self.metrics["teacher_divergence_max"] = maximum(divergence.max())
-
-
-def _drawn(rollout: Rollout) -> tuple[float, ...]:
-    return tuple(logprob for logprob, sampled in zip(rollout.sampler_logprobs, rollout.sampled, strict=True) if sampled)
-
-
-def _rollout_metrics(groups: Sequence[Group]) -> dict[str, Metric]:
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    if not rollouts:
-        return {}
-    count = len(rollouts)
-    lengths = torch.tensor([float(rollout.num_sampled_tokens) for rollout in rollouts])
-    return {
-        "truncated_frac": mean(sum(rollout.finish_reason == "length" for rollout in rollouts) / count, count),
-        "response_tokens": mean(lengths.mean(), count),
-        "response_tokens_max": maximum(lengths.max()),
-    }

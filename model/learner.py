@@ -134,14 +134,17 @@ def head_of(model: PreTrainedModel) -> Tensor:
 
 
 def frozen_states(
-    model: PreTrainedModel, batch: Batch[Any], distribution: Distribution, *, vision: VisionPass, with_head: bool
+    model: PreTrainedModel, batch: Batch[Any], distribution: Distribution, *, vision: VisionPass, copy: FrozenCopy | None
 ) -> ReferenceStates:
-    """Returns what a frozen model, a reference or a teacher, says of the batch's targets."""
-    hidden, head = target_states(model, batch, vision=vision), full_tensor(head_of(model))
+    """Returns what a frozen model, a reference or a teacher, says of the batch's targets; `copy` None: the policy, its adapter off."""
+    hidden = target_states(model, batch, vision=vision)
+    head = full_tensor(head_of(model)) if copy is None or copy.head is None else copy.head
+    if copy is not None:
+        copy.head = head
     logprobs, _ = token_logprobs(
         hidden, head, token_ids=batch.target_ids, allowed=distribution.allowed, temperature=distribution.temperature
     )
-    return ReferenceStates(logprobs=logprobs, hidden=hidden, head=head if with_head else None)
+    return ReferenceStates(logprobs=logprobs, hidden=hidden, head=None if copy is None else head)
 
 
 class Learner:
@@ -232,11 +235,11 @@ class Learner:
         if not self._trains_vision:
             with torch.no_grad():
                 shared = self.run(lambda model: self._vision(model.model, batch, on_device))
-        has_own_head = isinstance(self._reference, FrozenCopy)
+        own = self._reference if isinstance(self._reference, FrozenCopy) else None
 
         def compute(model: PreTrainedModel) -> ReferenceStates:
             vision = shared or vision_pass(model.model, on_device.vision, must_run=is_sharded(self.config.layout))
-            return frozen_states(model, on_device, distribution, vision=vision, with_head=has_own_head)
+            return frozen_states(model, on_device, distribution, vision=vision, copy=own)
 
         return self._reference.run(compute)
 

@@ -258,6 +258,11 @@ class Rollout:
         assert len(lengths) == 1, f"a rollout's arrays must have one length, not {sorted(lengths)}"
 
     @property
+    def drawn_logprobs(self) -> tuple[float, ...]:
+        """The engine's log-probs of the sampled tokens alone, nats."""
+        return tuple(logprob for logprob, sampled in zip(self.sampler_logprobs, self.sampled, strict=True) if sampled)
+
+    @property
     def num_sampled_tokens(self) -> int:
         """Length of the response in tokens."""
         return sum(self.sampled)

@@ -48,6 +48,8 @@ class FrozenCopy:
 
     def __init__(self, policy: nn.Module, *, config: LearnerConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
         self.accelerator = accelerator
+        self.head: Tensor | None = None
+        """[V, H] whole, once it was gathered: a frozen one never changes, and one for each micro-batch would not fit"""
         self.policy = policy.requires_grad_(False).eval()
         if is_sharded(config.layout):
             shard(self.policy, accelerator, dtype)

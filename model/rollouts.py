@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from .chat import Chat
-from .metrics import Metric, maximum, total
+from .metrics import Metric, maximum, mean, total
 from .packing import Targets
 from .records import Example, Group, Rollout, TrainSequence
 from .sampler import Sampler, SampleRequest
@@ -46,6 +46,19 @@ def train_sequence(example_id: str, number: int, rollout: Rollout, targets: Targ
         media=rollout.media,
         targets=targets,
     )
+
+
+def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
+    """Returns mean and largest length of responses, in sampled tokens, and the share that was cut off; nothing without responses."""
+    count = len(rollouts)
+    if not count:
+        return {}
+    lengths = [rollout.num_sampled_tokens for rollout in rollouts]
+    return {
+        "truncated_frac": mean(sum(rollout.finish_reason == "length" for rollout in rollouts) / count, count),
+        "response_tokens": mean(sum(lengths) / count, count),
+        "response_tokens_max": maximum(max(lengths)),
+    }
 
 
 class StepClock:

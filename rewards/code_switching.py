@@ -138,7 +138,7 @@ def _language_weights(text: str) -> tuple[dict[Language, float], float]:
                 weights[language] = weights.get(language, 0.0) + word.weight
                 total += word.weight
         latin = [word for word in sequence if word.script == "Latin"]
-        label = label_latin(latin, wanted=frozenset()).language
+        label = label_latin(latin, wanted=frozenset())
         if label is not None:
             weights[label] = weights.get(label, 0.0) + len(latin)
             total += len(latin)
@@ -200,15 +200,15 @@ def _foreign_latin(piece: str, latin: Sequence[Word], wanted: frozenset[Language
         return [], bool(latin)
     if not wanted.intersection(LATIN_LANGUAGES):
         runs = [run for run in _runs(piece, latin) if len(run) >= MIN_CLAUSE_WORDS and not is_title(run)]
-        return [word for run in runs if label_latin(run, wanted=wanted).language is not None for word in run], False
-    whole = label_latin(latin, wanted=wanted).language
+        return [word for run in runs if label_latin(run, wanted=wanted) is not None for word in run], False
+    whole = label_latin(latin, wanted=wanted)
     if whole is not None and whole not in wanted:
         return list(latin), False
     found: list[Word] = []
     for start, end in clauses(piece, 0, len(piece)):
         inside = [word for word in latin if start <= word.start < end]
         if MIN_CLAUSE_WORDS <= len(inside) < len(latin):
-            label = label_latin(inside, wanted=wanted).language
+            label = label_latin(inside, wanted=wanted)
             found += inside if label is not None and label not in wanted else []
     return found, len(latin) < MIN_WORDS or (whole is None and not found)
 

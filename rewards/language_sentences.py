@@ -8,7 +8,6 @@ vote together. Text that is too short or on which the votes differ is an abstent
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
@@ -82,15 +81,6 @@ MIN_HAN_CLAUSE = 6
 """Chinese characters without kana that can be told from Japanese."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Labelled:
-    """What a piece of text in Latin letters was found to be."""
-
-    language: Language | None
-    """None: the votes differ, or the piece is too short."""
-    num_words: int
-
-
 @cache
 def _identifier() -> LanguageIdentifier:
     """Returns py3langid's model, loaded once a process from the package's own file; nothing is fetched."""
@@ -153,20 +143,20 @@ def _tokens(latin: Sequence[Word]) -> list[str]:
     return tokens
 
 
-def label_latin(latin: Sequence[Word], *, wanted: frozenset[Language]) -> Labelled:
-    """Returns the language of words in Latin letters, in favour of the wanted ones; the module says how.
+def label_latin(latin: Sequence[Word], *, wanted: frozenset[Language]) -> Language | None:
+    """Returns the language of words in Latin letters, in favour of the wanted ones; None where it is unclear or too short.
 
     Capitalised words count only where too few others are left: German nouns and names look alike. Words that are all capitalised are
     judged where they are too many for a title.
     """
     lower = [word for word in latin if word.text[0].islower()]
     if len(latin) < MIN_WORDS or (len(latin) <= MAX_TITLE_WORDS and not any(len(word.text) > 1 for word in lower)):
-        return Labelled(language=None, num_words=len(latin))
+        return None
     chosen = lower if len(lower) >= MIN_WORDS else latin
     code, confidence = _identifier().classify(" ".join(word.text.lower() for word in chosen))
     label = cast(Language, code)  # the model was narrowed to languages of the list
     if label in wanted:
-        return Labelled(language=label, num_words=len(latin))
+        return label
     tokens = _tokens(latin)
     for_label = _votes(tokens, label)
     for_wanted = max((_votes(tokens, language) for language in wanted if language in _FUNCTION_SETS), default=0)
@@ -175,7 +165,7 @@ def label_latin(latin: Sequence[Word], *, wanted: frozenset[Language]) -> Labell
     none_against = not any(_votes(own, language) for language in wanted if language in _FUNCTION_SETS)
     tie = none_against and confidence >= (MIN_TIE_CONFIDENCE if for_label >= 2 else MIN_LONE_CONFIDENCE)
     sure = confidence >= MIN_CONFIDENCE and ((for_label >= 1 and for_label > for_wanted) or tie)
-    return Labelled(language=label if sure else None, num_words=len(latin))
+    return label if sure else None
 
 
 def is_title(latin: Sequence[Word]) -> bool:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..model.chat import Chat
 from ..model.learner import Distribution, Learner
-from ..model.metrics import Metric, combine, maximum, mean, total
+from ..model.metrics import Metric, combine, mean, total
 from ..model.packing import Weighted, pack
 from ..model.records import Example
 from ..model.reference import ReferenceStates
-from ..model.rollouts import StepClock, draw_groups, speeds, train_sequence
+from ..model.rollouts import StepClock, draw_groups, length_metrics, speeds, train_sequence
 from ..model.sampler import Sampler, request_seed
 from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
@@ -182,11 +182,7 @@ def policy_families(
                         judged.rollout,
                         PolicyTargets(
                             advantage=advantage,
-                            sampler_logprobs=tuple(
-                                logprob
-                                for logprob, sampled in zip(judged.rollout.sampler_logprobs, judged.rollout.sampled, strict=True)
-                                if sampled
-                            ),
+                            sampler_logprobs=judged.rollout.drawn_logprobs,
                         ),
                     ),
                     token_weight=1.0 / (num_responses * judged.rollout.num_sampled_tokens),
@@ -204,12 +200,7 @@ def _less(judged: JudgedRollout, penalty: float) -> JudgedRollout:
 def _rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Metric]:
     """Returns lengths and solved shares of the rollouts; a response counts as solved when its reward is above 0."""
     measured: dict[str, Metric] = {"groups_without_signal": total(0), "dropped_groups": total(0)}
-    rollouts = [judged.rollout for group in scored for judged in group.judged]
-    if rollouts:
-        count = len(rollouts)
-        measured["truncated_frac"] = mean(sum(r.finish_reason == "length" for r in rollouts) / count, count)
-        measured["response_tokens"] = mean(sum(r.num_sampled_tokens for r in rollouts) / count, count)
-        measured["response_tokens_max"] = maximum(max(r.num_sampled_tokens for r in rollouts))
+    measured |= length_metrics([judged.rollout for group in scored for judged in group.judged])
     judged_groups = [[judged.score.reward for judged in group.judged] for group in scored if len(group.judged) >= 2]
     measured["dropped_groups"] = total(len(scored) - len(judged_groups))
     measured["groups_without_signal"] = total(sum(not has_signal(group) for group in judged_groups))

@@ -237,7 +237,7 @@ def test_titles():
 
 def test_a_label_needs_both_votes():
     def label(text):
-        return label_latin(list(words(text)), wanted=frozenset({"en"})).language
+        return label_latin(list(words(text)), wanted=frozenset({"en"}))
 
     assert label("und dann zählen wir die roten Kugeln") == "de"
     assert label("red green blue") is None
