@@ -14,7 +14,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ STEPS_FOLDER = "steps"
 STEP_FILE = "step.json"
 SHARDS_FILE = "shards.json"
 LOCK_FILE = ".lock"
+NUM_PRINTED_REASONS = 3
+"""Reasons for dropped rows that a step's line on the console names."""
 
 
 class CurateError(VlpostError):
@@ -75,10 +78,11 @@ class DoneStep:
     """Shards that were whole before this process began."""
 
 
-def curate(recipe: CurateRecipe, *, recipe_folder: Path, allow_code: bool) -> Path:
+def curate(recipe: CurateRecipe, *, recipe_folder: Path, allow_code: bool, check_interrupt: Callable[[], None] = lambda: None) -> Path:
     """Runs the recipe, or what is left of it, and returns the output folder. Says on standard output what it does.
 
-    Raises `CurateError` when another process works in the folder or a step does not account for its rows; steps raise their own errors.
+    `check_interrupt` is called before each shard of a step; what it raises ends the run, and whole shards are kept. Raises `CurateError`
+    when another process works in the folder or a step does not account for its rows; steps raise their own errors.
     """
     steps = {name: build_step(config) for name, config in recipe.steps.items()}  # a step that cannot be built is an error now
     recipe.output.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ def curate(recipe: CurateRecipe, *, recipe_folder: Path, allow_code: bool) -> Pa
     with _locked(recipe.output):
         done = [_read(recipe, context)]
         for number, (name, built) in enumerate(steps.items(), start=1):
-            done.append(_run_step(built, name=name, number=number, before=done[-1], context=context))
+            done.append(_run_step(built, name=name, number=number, before=done[-1], context=context, check_interrupt=check_interrupt))
         _remove_others(recipe.output / STEPS_FOLDER, [step.folder.name for step in done])
         summary = summarise(recipe, [(step.name, step.use, [asdict(manifest) for manifest in step.manifests]) for step in done])
         write_data_set(recipe, summary, shards=[shard_file(done[-1].folder, place) for place in range(len(done[-1].manifests))])
@@ -97,7 +101,10 @@ def check_curate(recipe: CurateRecipe, *, recipe_folder: Path, allow_code: bool)
     """Returns a line for each data set, step and reward after a look at what can be known without running: first rows, rewards' options."""
     lines: list[str] = []
     for name, config in recipe.data.items():
-        first = next(finite_examples(config, conversations=recipe.rows == "conversations", seed=recipe.seed, place=f"data.{name}"))
+        rows = finite_examples(config, conversations=recipe.rows == "conversations", seed=recipe.seed, place=f"data.{name}")
+        first = next(rows, None)
+        if first is None:
+            raise CurateError(f"data.{name}: there is no row that can be used; give at least one")
         lines.append(f"data {name}: its first row is {first.id}")
     for name, config in recipe.steps.items():
         build_step(config)
@@ -256,7 +263,9 @@ def _reused(number: int) -> str:
 # ---------------------------------------------------------------- steps
 
 
-def _run_step(built: BuiltStep, *, name: str, number: int, before: DoneStep, context: StepContext) -> DoneStep:
+def _run_step(
+    built: BuiltStep, *, name: str, number: int, before: DoneStep, context: StepContext, check_interrupt: Callable[[], None]
+) -> DoneStep:
     """Runs a step over the shards that are not whole; with none of those it is not even opened."""
     folder = context.output / STEPS_FOLDER / f"{number:02d}-{name}"
     key = step_key(built.settings, context)
@@ -272,6 +281,7 @@ def _run_step(built: BuiltStep, *, name: str, number: int, before: DoneStep, con
                 cast("WholeStep", opened).survey(keys)
             for place in range(missing[-1] + 1):
                 if manifests[place] is None:
+                    check_interrupt()
                     manifests[place] = _run_shard(
                         opened, place, name=name, key=key, source=inputs[place], before=before.folder, folder=folder, decode=built.decode
                     )
@@ -281,8 +291,16 @@ def _run_step(built: BuiltStep, *, name: str, number: int, before: DoneStep, con
     done = tuple(manifest for manifest in manifests if manifest is not None)
     assert len(done) == len(inputs), "every shard is whole now"
     rows_in, rows_out = sum(manifest.rows_in for manifest in done), sum(manifest.rows_out for manifest in done)
-    _say(f"{name}: {rows_in} rows in, {rows_out} out, {_shards(len(done))}{_reused(num_reused)}")
+    _say(f"{name}: {rows_in} rows in, {rows_out} out, {_shards(len(done))}{_reused(num_reused)}{_reasons(done)}")
     return DoneStep(name=name, use=built.settings["use"], folder=folder, manifests=done, num_reused=num_reused)
+
+
+def _reasons(manifests: Sequence[ShardManifest]) -> str:
+    """Returns the heads of the reasons for which rows were dropped, the most frequent first; the card has them with examples."""
+    heads = Counter(reason.partition(":")[0] for manifest in manifests for _, reason in manifest.dropped)
+    listed = [f"{head} {count}" for head, count in heads.most_common(NUM_PRINTED_REASONS)]
+    more = [f"{len(heads) - len(listed)} other reasons"] if len(heads) > len(listed) else []
+    return f"; dropped: {', '.join([*listed, *more])}" if heads else ""
 
 
 def _inputs(contents: Sequence[str], *, order: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .curate_chance import describe_chance
 from .curate_difficulty import in_order
 from .curate_rows import write_text
 
@@ -39,6 +40,7 @@ def card_lines(summary: Mapping[str, Any], *, plots: Mapping[tuple[str, str], st
         "",
         f"{sum(splits.values())} rows: {listed or 'none is left'}. Made by `vlpost curate` {summary['vlpost']}, seed {recipe['seed']}, "
         f"from {', '.join(f'`{name}` ({_origin(data)})' for name, data in recipe['data'].items())}.",
+        *([f"{cut_off_words(summary['cut_off'])}."] if summary["cut_off"] else []),
         "Every dropped row stands with its reason in `dropped.jsonl`, the whole recipe in `manifest.json`.",
         "",
         "| step | what | rows in | rows out | dropped | changed | seconds |",
@@ -54,6 +56,11 @@ def card_lines(summary: Mapping[str, Any], *, plots: Mapping[tuple[str, str], st
     return lines
 
 
+def cut_off_words(count: int) -> str:
+    """Returns what a person has to know of conversations whose last turn has no end of its own."""
+    return f"{count} conversations end where the token budget cut them off, and would teach to end there; `response_filter` takes them out"
+
+
 def _origin(data: Mapping[str, Any]) -> str:
     return ", ".join(str(data[key]) for key in ("use", "path") if data.get(key))
 
@@ -62,6 +69,8 @@ def _step_lines(step: Mapping[str, Any], plots: Mapping[tuple[str, str], str]) -
     settings = ", ".join(f"{key} = {value}" for key, value in step["settings"].items())
     lines = [f"Settings: {_cell(settings, longest=2000)}; all else at its default.", ""] if settings else []
     lines.append(f"{step['rows_in'] - step['rows_out']} of {step['rows_in']} rows dropped.")
+    if step["use"] == "image_necessity":  # a share of rows solved blind says nothing without what guessing would have solved
+        lines += ["", f"{describe_chance(step['metrics'])}."]
     for kind in ("dropped", "changed"):
         if step[kind]:
             lines += ["", f"| {kind} | rows | for example |", "|---|---:|---|"]

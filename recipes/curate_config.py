@@ -6,6 +6,7 @@ The reports describe these filters and state few numbers; a default that no sour
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from ..model.config import Settings, Share
 from ..rewards.config import RewardsConfig
 from .curate_engine_config import GenerateConfig, ImageNecessityConfig, QueryFilterConfig, ResponseJudgeConfig
-from .schema import DataConfig
+from .data_config import DataConfig
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Letters, digits, _ and -: names of steps and splits are names of files too."""
@@ -103,8 +104,8 @@ class ResponseFilterConfig(Settings):
 class DedupeConfig(Settings):
     """`dedupe`: drops a row when an earlier one asks the same: equal text and equal images, or both nearly equal.
 
-    Near duplicates have similar words, images that look alike, in number and order, and the same answer: what looks alike to a
-    perceptual hash may still be another page or another number.
+    Near duplicates have similar words, images that look alike, in number and order, and the same answer (a conversation without one: the
+    same last turn), system message and tools: what looks alike to a perceptual hash may still be another page or another number.
     """
 
     use: Literal["dedupe"]
@@ -217,6 +218,8 @@ class CurateRecipe(Settings):
         if self.write == "rows" and self.max_per_query is not None:
             raise ValueError("max_per_query has no effect with write: rows; take it out, or write write: conversations")
         named: set[str] = set()
+        if self.write == "conversations":
+            _refuse_wrong_conversations(self.steps)
         for name, step in self.steps.items():
             if isinstance(step, GenerateConfig):
                 named |= set(step.models)
@@ -227,6 +230,18 @@ class CurateRecipe(Settings):
             if len(splits) > 1:
                 raise ValueError(f"steps {splits[0]} and {splits[1]} both split: the second would undo the first; take one out")
         return self
+
+
+def _refuse_wrong_conversations(steps: Mapping[str, StepConfig]) -> None:
+    """Raises `ValueError` where no row has a candidate to write, or where those that were found wrong are written all the same."""
+    if not any(isinstance(step, GenerateConfig) for step in steps.values()):
+        raise ValueError("write: conversations writes candidates, and no step generates any; add one, or write write: rows")
+    verifying = {name: step.min_value for name, step in steps.items() if isinstance(step, VerifyConfig)}
+    if verifying and all(floor is None for floor in verifying.values()):
+        raise ValueError(
+            f"write: conversations would write the candidates that {next(reversed(verifying))!r} finds wrong, for SFT to learn; give it "
+            "min_value, or where `difficulty` needs all of them a second `verify` behind it"
+        )
 
 
 STEP_FOLDER = re.compile(r"(\d{2,})-([A-Za-z0-9][A-Za-z0-9_-]*)")

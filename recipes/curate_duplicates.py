@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..model.records import Example, Part, TextPart
 from .curate_alike import Hash, bands, chunks, distance, jaccard, ngrams, picture_hashes, plain_words
 from .curate_config import DecontaminateConfig, DedupeConfig
-from .curate_query import as_query
+from .curate_query import as_query, given_answer
 from .curate_source import finite_examples
 from .curate_step import CuratedRow, StepContext, StepResult
 
@@ -30,7 +30,8 @@ class _Seen:
     """What is remembered of a row that was kept."""
 
     id: str
-    answer: str
+    same: bytes
+    """Hash of what near duplicates have exactly alike: answer, system message, tools."""
     grams: Hash
     pictures: tuple[Hash, ...]
 
@@ -51,7 +52,7 @@ class OpenDedupe:
 
     def __init__(self, config: DedupeConfig) -> None:
         self._config = config
-        self._exact: dict[bytes, tuple[str, str]] = {}
+        self._exact: dict[bytes, tuple[str, bytes]] = {}
         self._near: dict[bytes, list[_Seen]] = {}
 
     def observe(self, kept: Sequence[CuratedRow]) -> None:
@@ -66,7 +67,7 @@ class OpenDedupe:
         for row in rows:
             found = self._exact.get(_exact_key(row.example))
             if found is not None:
-                same_answer = found[1] == _plain_answer(row.example)
+                same_answer = found[1] == _same(row.example)
                 head = "duplicate" if same_answer else "duplicate with another answer"
                 dropped.append((row.example.id, f"{head}: of row {found[0]}, same text and images"))
                 continue
@@ -85,13 +86,12 @@ class OpenDedupe:
         config, example = self._config, as_query(row.example)
         pictures = tuple(picture_hashes(part) for part in example.media) if config.near else ()
         grams = ngrams(plain_words(asked_text(example)), config.ngram_words)
-        seen = _Seen(id=example.id, answer=_plain_answer(example), grams=grams, pictures=pictures)
+        seen = _Seen(id=example.id, same=_same(row.example), grams=grams, pictures=pictures)
         if not config.near:
             return seen, ()
         # Rows with images go by those: a thousand rows may ask the same of a thousand images.
         pieces = chunks(pictures[0], max_distance=config.max_image_distance) if pictures else bands(grams)
-        answer = hashlib.blake2b(seen.answer.encode(), digest_size=8).digest()  # near duplicates have one answer
-        return seen, tuple(answer + piece for piece in pieces)
+        return seen, tuple(seen.same + piece for piece in pieces)
 
     def _find_near(self, row: _Seen, keys: Sequence[bytes]) -> tuple[str, str] | None:
         """Returns the first kept row that nearly equals this one, and how near it is."""
@@ -101,7 +101,7 @@ class OpenDedupe:
                 if other.id in compared:
                     continue
                 compared.add(other.id)
-                if other.answer != row.answer or len(other.pictures) != len(row.pictures):
+                if len(other.pictures) != len(row.pictures):
                     continue
                 apart = max((distance(a, b) for a, b in zip(row.pictures, other.pictures, strict=True)), default=0)
                 if apart > self._config.max_image_distance:
@@ -113,13 +113,19 @@ class OpenDedupe:
         return None
 
     def _take_in(self, row: CuratedRow, seen: _Seen, keys: Sequence[bytes]) -> None:
-        self._exact[_exact_key(row.example)] = (row.example.id, _plain_answer(row.example))
+        self._exact[_exact_key(row.example)] = (row.example.id, seen.same)
         for key in keys:
             self._near.setdefault(key, []).append(seen)
 
 
-def _plain_answer(example: Example) -> str:
-    return " ".join(example.answer.split()).casefold()
+def _same(example: Example) -> bytes:
+    """Returns a hash of the answer (of a conversation without one: what is visible of its last turn), the system message and the tools.
+
+    Without the last turn all questions about one long text would be near duplicates in a set that is made for SFT.
+    """
+    system = [(message.text, message.tools) for message in example.messages if message.role == "system"]
+    described = [" ".join(given_answer(example).split()).casefold(), system]
+    return hashlib.blake2b(json.dumps(described, ensure_ascii=False).encode(), digest_size=16).digest()
 
 
 def _exact_key(example: Example) -> bytes:
@@ -176,7 +182,8 @@ def read_evaluation_sets(config: DecontaminateConfig, *, seed: int) -> Evaluatio
             place = f"row {example.id} of {name}"
             asked = plain_words(asked_text(example))
             if len(asked) < config.ngram_words:
-                texts.setdefault(asked, place)
+                if asked:  # two questions without a word, by image alone, have no words in common
+                    texts.setdefault(asked, place)
             else:
                 for gram in ngrams(asked, config.ngram_words).tolist():
                     grams.setdefault(gram, place)

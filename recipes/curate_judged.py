@@ -96,6 +96,10 @@ def open_axes_judge(
         if rubric in BUILT_IN_RUBRICS:
             packaged = resources.files(rewards_package).joinpath(f"rubric_{rubric}.yaml")
             rubric = str(opened.enter_context(resources.as_file(packaged)).resolve())
+        elif not rubric.endswith((".yaml", ".yml")):
+            raise RewardConfigError(
+                f"{config.use}: rubric {rubric!r} is unknown; built-in are {', '.join(BUILT_IN_RUBRICS)}, a file of yours ends in .yaml"
+            )
         found = {name: (axis.lowest, axis.highest) for name, axis in load_rubric(rubric, recipe_folder=recipe_folder).axes.items()}
         if found != dict(axes):
             wanted = ", ".join(f"{name} {lowest} to {highest}" for name, (lowest, highest) in axes.items())

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..model.records import ImagePart, Part, TextPart
-from .curate_card import printed_histograms, write_card
+from .curate_card import cut_off_words, printed_histograms, write_card
 from .curate_config import CurateRecipe
 from .curate_rows import Pixels, as_conversations, png_files, read_shard, row_text, write_table, write_text
 from .curate_step import CuratedRow
@@ -129,8 +129,9 @@ def write_data_set(recipe: CurateRecipe, summary: dict[str, Any], *, shards: Seq
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     summary["files"] = {}
-    for place, shard in enumerate(shards):
-        _write_files(recipe, shard, place=place, folder=partial, files=summary["files"])
+    summary["cut_off"] = sum(
+        _write_files(recipe, shard, place=place, folder=partial, files=summary["files"]) for place, shard in enumerate(shards)
+    )
     shutil.rmtree(output / DATA_FOLDER, ignore_errors=True)
     partial.rename(output / DATA_FOLDER)
     write_text(output / DROPPED_FILE, "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in dropped))
@@ -139,6 +140,8 @@ def write_data_set(recipe: CurateRecipe, summary: dict[str, Any], *, shards: Seq
     for line in printed_histograms(summary):
         print(line)
     total = sum(file["rows"] for file in summary["files"].values())
+    if summary["cut_off"]:
+        print(f"{output}: {cut_off_words(summary['cut_off'])}", flush=True)
     print(f"{output}: {total} rows in {len(summary['files'])} files; README.md says what was done", flush=True)
 
 
@@ -152,8 +155,8 @@ def _is_whole(output: Path, summary: Mapping[str, Any]) -> bool:
         return False
 
 
-def _write_files(recipe: CurateRecipe, shard: Path, *, place: int, folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Writes a shard's rows as a file for each split that they have."""
+def _write_files(recipe: CurateRecipe, shard: Path, *, place: int, folder: Path, files: dict[str, dict[str, Any]]) -> int:
+    """Writes a shard's rows as a file for each split that they have; returns how many are conversations whose end was cut off."""
     read = read_shard(shard, decode=False)
     by_split: dict[str, list[CuratedRow]] = {}
     for row in read.rows:
@@ -168,6 +171,9 @@ def _write_files(recipe: CurateRecipe, shard: Path, *, place: int, folder: Path,
         files[f"{DATA_FOLDER}/{path.name}"] = {
             "split": split, "rows": len(rows), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
         }  # fmt: skip
+    if recipe.write == "rows":
+        return 0
+    return sum(candidate.finish_reason == "length" for row in read.rows for candidate in row.candidates[: recipe.max_per_query])
 
 
 def _columns(row: CuratedRow, pixels: Pixels) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from ..model.records import DataError, Example
 from .curate_config import CurateRecipe
+from .data_config import DataConfig, HubData, JsonlData, MixData, ParquetData
 from .example_stream import RowStream, open_stream
 from .row_files import read_all
 from .row_media import RowError
-from .schema import DataConfig, HubData, JsonlData, MixData, ParquetData
 
 CHUNK_ROWS = 256
 """Rows that a stream is asked for at a time."""

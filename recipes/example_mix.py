@@ -9,8 +9,8 @@ from fractions import Fraction
 from math import gcd, lcm
 
 from ..model.records import DataError, Example
+from .data_config import MixData
 from .example_stream import ExampleStream, RowStream
-from .schema import MixData
 
 
 class ShareOrder:

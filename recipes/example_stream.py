@@ -7,15 +7,16 @@ import itertools
 import json
 import logging
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..model.records import DataError, Example, Message, TextPart
+from .data_config import CuratedData, DataConfig, HandwritingData, HubData, JsonlData, MixData
 from .row_files import RowData, counted, load_rows, read_all, read_given_row
 from .row_media import RowError
-from .schema import CuratedData, DataConfig, HandwritingData, HubData, JsonlData, MixData
 
 ROW_LOG = logging.getLogger("vlpost.rows")
 """What was dropped or repaired: a warning for each data set, and at INFO a line for each row with the `RowNote` as `row_note`."""
@@ -120,9 +121,9 @@ def _shuffled(number: int, total: int, seed: int) -> int:
     return _epoch_order(total, seed, epoch)[place]
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(total: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(total))
+@lru_cache(maxsize=64)  # a mix of many parts draws from all of them at every step: none may put another's order out
+def _epoch_order(total: int, seed: int, epoch: int) -> Sequence[int]:
+    order = array("L", range(total))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 

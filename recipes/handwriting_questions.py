@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .data_config import Language, TaskKind
 from .handwriting_scans import Dice, digits_of
-from .schema import Language, TaskKind
 
 CORPUS_PHRASINGS: Mapping[tuple[TaskKind, Language], tuple[str, ...]] = {
     ("read", "en"): ("What number is written here?", "Read the number in the image.", "Which number do you see?"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .schema import Split
+from .data_config import Split
 
 if TYPE_CHECKING:
     import numpy as np

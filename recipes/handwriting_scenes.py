@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.records import ImagePart, Message, Part, TextPart, VideoPart
+from .data_config import Language, Split, TaskKind
 from .handwriting_questions import BOXED
 from .handwriting_scans import Dice, Size, digits_of, draw_at, draw_row, ink_box, scans_of_digit
-from .schema import Language, Split, TaskKind
 
 FRAMES_PER_S = 2
 """Of the flip-books: Qwen3-VL takes two frames a video token, so a token is one second of one page."""
@@ -76,6 +76,8 @@ class Scene:
     """Rows of `load_digits`, one a digit."""
     facts: Mapping[str, Any]
     """Metadata of this kind of question."""
+    steps: tuple[Message, ...] = ()
+    """What a perfect policy calls and its tools answer, before the solution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +100,7 @@ class SceneSource:
 
 
 def draw_scene(kind: TaskKind, source: SceneSource) -> Scene:
-    """Returns a scene of a kind that is none of `QUESTION_KINDS`."""
+    """Returns a scene of one of the kinds in `SCENE_KINDS`."""
     return _DRAW[kind](source)
 
 
@@ -256,3 +258,5 @@ _DRAW: Mapping[TaskKind, Callable[[SceneSource], Scene]] = {
     "multi_turn": _draw_multi_turn,
     "page": _draw_page,
 }
+SCENE_KINDS: tuple[TaskKind, ...] = tuple(_DRAW)
+"""Kinds that this module draws."""

@@ -20,9 +20,10 @@ import yaml
 from pydantic import ValidationError
 
 from ..model.records import DataError, Group, Rollout, VlpostError
+from .data_config import DataConfig
 from .example_stream import open_stream, parse_row
 from .load import load_recipe
-from .schema import DataConfig, EvaluateRecipe, SftRecipe, StageRecipe
+from .schema import EvaluateRecipe, OffPolicyDistillRecipe, SftRecipe, StageRecipe
 
 if TYPE_CHECKING:
     from ..model.config import Settings
@@ -288,8 +289,8 @@ def _lint(parsed: argparse.Namespace) -> int:
 
 
 def _judged_data(stage: StageRecipe) -> list[DataConfig]:
-    """Returns the data whose responses the stage's rewards judge: what SFT trains on has them already."""
-    trained = [] if isinstance(stage, SftRecipe) else [stage.data]
+    """Returns the data whose responses the stage's rewards judge: not what SFT trains on, nor what teachers answer for the filters."""
+    trained = [] if isinstance(stage, SftRecipe | OffPolicyDistillRecipe) else [stage.data]
     validation = None if isinstance(stage, EvaluateRecipe) else stage.validation
     return trained + ([validation.data] if validation else [])
 

@@ -6,16 +6,16 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..model.records import DataError, Example
+from .data_config import HubData, JsonlData, ParquetData
 from .row_formats import to_messages
 from .row_media import MediaReader, RowError, VideoSampling
 from .row_messages import ends_as_used, read_example, read_id
-from .schema import HubData, JsonlData, ParquetData
 
 RowData = JsonlData | ParquetData | HubData
 
@@ -197,12 +197,15 @@ def _parquet_rows(path: Path, stem: str) -> Iterator[RawRow]:
         # Opened here: pyarrow would take a name such as `s3:` for a remote file system.
         with io.FileIO(path) as file:
             table = pyarrow.parquet.ParquetFile(file)
+            for column, count in Counter(table.schema_arrow.names).items():
+                if count > 1:
+                    raise DataError(f"{path}: column {column!r} is there twice; which is meant? Keep one")
             number = 0
             for batch in table.iter_batches(batch_size=64):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield RawRow(place=f"{path}, row {number}", number=number, stem=stem, folder=path.parent, content=_without_nulls(row))
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, KeyError, pyarrow.ArrowException) as error:  # KeyError: a map that holds a key twice
         raise DataError(f"{path}: the data file cannot be read ({error}); give a whole parquet file") from error
 
 
@@ -237,9 +240,14 @@ def _undecoded(rows: Any, column: str, feature: object) -> Any:  # noqa: ANN401 
     return rows
 
 
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the row without the columns that it leaves empty: a table has every column in every row."""
-    return {key: value for key, value in row.items() if value is not None}
+def _without_nulls(value: Any) -> Any:  # noqa: ANN401 (any value of a row)
+    """Returns a row, or a value in it, without the keys that it leaves empty, at any depth.
+
+    A table has one schema: what one row has, all rows have, as nulls. Left in, a tool call would be trained with all the others' arguments.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_given_row(content: object, path: Path, number: int, source: str) -> Example:

@@ -15,8 +15,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from .data_config import RowFormat
 from .row_media import RowError
-from .schema import RowFormat
 
 Row = dict[str, Any]
 
@@ -31,6 +31,8 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "system": "system",
 }
+_TRAINED_KEYS = ("weight", "loss", "train")
+"""With these some sets say of a turn that it is not trained, or not as much as others."""
 _CONVERSATION_KEYS = ("conversations", "system", "tools", "image", "images", "video", "videos", "fps")
 _ALPACA_KEYS = ("instruction", "input", "output", "history", "system", "tools", "image", "images", "video", "videos", "fps")
 
@@ -55,6 +57,13 @@ def _from_sharegpt(row: Row, place: str) -> Row:
         role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             raise RowError("role", f"{place}: turn {index}: unknown `from` {turn['from']!r}; one of {', '.join(_SHAREGPT_ROLES)}")
+        for key in _TRAINED_KEYS:
+            if turn.get(key) not in (None, 1):
+                raise RowError(
+                    "message shape",
+                    f"{place}: turn {index} has {key!r} = {turn[key]!r}, and all that the assistant wrote is trained alike; "
+                    "cut the row before that turn, or drop it",
+                )
         if turn["from"] == "function_call":
             messages.append({"role": "assistant", "content": "", "tool_calls": _function_calls(turn["value"], f"{place}, turn {index}")})
         else:
@@ -136,7 +145,7 @@ def _parts(text: str, waiting: Mapping[str, list[Any]], fps: object) -> str | li
     for index, piece in enumerate(pieces):
         if index % 2:
             entry = waiting[piece].pop(0)
-            timed = {"fps": fps} if piece == "video" and isinstance(entry, list | tuple) and fps is not None else {}
+            timed = {"fps": fps} if piece == "video" and fps is not None else {}
             parts.append({"type": piece, piece: entry} | timed)
         elif piece:
             parts.append({"type": "text", "text": piece})

@@ -12,7 +12,7 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image as PILImage
@@ -179,12 +179,14 @@ class MediaReader:
             raise RowError("video too long", f"{self.place}: the video has {len(frames)} frames, at most {self.video.max_frames} are taken")
         pictures = [self.image(frame).image for frame in frames]
         if times is None:
-            rate, indices = _number(fps), list(range(len(frames)))
-        else:
-            rate, indices = 1000.0, self._milliseconds(times, len(frames))
+            return self._part(pictures, self._rate(fps), list(range(len(frames))))
+        return self._part(pictures, 1000.0, self._milliseconds(times, len(frames)))
+
+    def _rate(self, fps: object) -> float:
+        rate = _number(fps)
         if rate is None or not 0 < rate < math.inf:
             raise RowError("video fps", f"{self.place}: video fps = {fps!r}: must be a finite number above 0")
-        return self._part(pictures, rate, indices)
+        return rate
 
     def _milliseconds(self, times: object, count: int) -> list[int]:
         seconds = [_number(time) for time in times] if isinstance(times, list | tuple) else []
@@ -203,9 +205,13 @@ class MediaReader:
         except DataError as error:
             raise RowError("video frame sizes", f"{self.place}: {error}") from error
 
-    def video_file(self, reference: str) -> VideoPart:
-        """Returns the part for a film file, frames taken evenly at `video.fps`; needs OpenCV. Raises `RowError`."""
+    def video_file(self, reference: str, *, fps: object = None) -> VideoPart:
+        """Returns the part for a film file, frames taken evenly at `fps` a second, or where the row names none at `video.fps`.
+
+        Needs OpenCV. Raises `RowError`.
+        """
         path = self._path(reference, "video")
+        rate = self.video.fps if fps is None else self._rate(fps)
         try:
             if not path.is_file():
                 raise RowError(
@@ -216,8 +222,8 @@ class MediaReader:
                 raise RowError("video size", f"{self.place}: {path}: a video of {size} bytes; between 1 and {MAX_VIDEO_BYTES} are read")
         except ValueError as error:  # a path with a zero byte
             raise RowError("video missing", f"{self.place}: the video cannot be read ({error})") from error
-        pictures, fps, indices = read_film(path, self.video, self.place)
-        return self._part(pictures, fps, indices)
+        pictures, film_fps, indices = read_film(path, replace(self.video, fps=rate), self.place)
+        return self._part(pictures, film_fps, indices)
 
 
 def read_film(path: Path, sampling: VideoSampling, place: str) -> tuple[list[PILImage.Image], float, list[int]]:

@@ -53,7 +53,7 @@ def read_example(row: object, *, reader: MediaReader, row_id: str, source: str, 
         answer=row.get("answer", ""),
         task=row.get("task", source),
         source=source,
-        metadata=row.get("metadata", {}) | _plain(extra, place),
+        metadata=_joined(row.get("metadata", {}), extra, place),
     )
 
 
@@ -65,14 +65,19 @@ def read_id(row: object, place: str, otherwise: str) -> str:
     return str(found)
 
 
-def _plain(extra: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+def _joined(metadata: Mapping[str, Any], extra: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    for key in metadata.keys() & extra.keys():
+        if metadata[key] != extra[key]:
+            raise RowError(
+                "key given twice", f"{place}: {key!r} = {extra[key]!r}, and metadata says {metadata[key]!r}: which is meant? Keep one"
+            )
     try:
         json.dumps(extra)
     except (TypeError, ValueError) as error:
         raise RowError(
             "value type", f"{place}: one of {', '.join(extra)} is no plain JSON value ({error}); leave the column out"
         ) from error
-    return extra
+    return {**metadata, **extra}
 
 
 class _Waiting:
@@ -175,10 +180,16 @@ def _read_video(given: Mapping[str, Any], reader: MediaReader, waiting: _Waiting
     video = given["video"] if "video" in given else waiting.take("video")
     if isinstance(video, list | tuple):
         fps = given.get("fps", given.get("sample_fps"))
+        if "sample_fps" in given and fps != given["sample_fps"]:
+            said = f"fps = {fps!r} and sample_fps = {given['sample_fps']!r}"
+            raise RowError("video times", f"{reader.place}: a video of frames with {said}: frames a second have one number; keep one")
         return reader.video_frames(video, fps=fps, times=given.get("times"))
     if not isinstance(video, str) or not video:
         raise RowError("video reference", f"{reader.place}: a video is a path or a list of frames, this is {video!r:.80}")
-    return reader.video_file(video)
+    for key in ("times", "sample_fps"):
+        if key in given:
+            raise RowError("video times", f"{reader.place}: {key} is for a list of frames, a film file has times of its own; take it out")
+    return reader.video_file(video, fps=given.get("fps"))
 
 
 def _clean(text: str, reader: MediaReader) -> str:

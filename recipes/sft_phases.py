@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from ..model.records import Example, VideoPart
 from ..sft.config import SftConfig
+from .data_config import DataConfig, MixData
 from .example_mix import MixStream, ShareOrder, Source
 from .example_stream import ExampleStream, open_stream
-from .schema import DataConfig, MixData, SftRecipe, StageRecipe
+from .schema import OnPolicyDistillRecipe, SftRecipe, StageRecipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +68,16 @@ def plan_phases(recipe: SftRecipe) -> tuple[PhasePlan, ...]:
             config=recipe.sft.model_copy(update={**own, "num_steps": phase.num_steps}),
             draws=tuple(Draw(data=data, share=share, start=drawn.get(key_of(data), 0)) for data, share in shares),
         )
-        for (data, _), count in zip(shares, ShareOrder([share for _, share in shares]).counts(plan.num_examples), strict=True):
+        for (data, _), count in zip(shares, _counts(tuple(share for _, share in shares), plan.num_examples), strict=True):
             drawn[key_of(data)] = drawn.get(key_of(data), 0) + count
         plans.append(plan)
     return tuple(plans)
+
+
+@lru_cache(maxsize=64)
+def _counts(shares: tuple[Fraction, ...], num_examples: int) -> tuple[int, ...]:
+    """Returns how many of the first examples each share has; kept: a run asks at every step, and 0.333333 has a period of a million."""
+    return tuple(ShareOrder(shares).counts(num_examples))
 
 
 def _shares(recipe: SftRecipe, name: str) -> list[tuple[DataConfig, Fraction]]:
@@ -84,14 +92,19 @@ def _shares(recipe: SftRecipe, name: str) -> list[tuple[DataConfig, Fraction]]:
     return [(data, 1 - share), (other, share)]
 
 
-def training_data(stage: StageRecipe) -> Iterator[tuple[str, DataConfig]]:
-    """Yields (dotted key, settings) of each data set that the stage trains on or measures, those inside mixes too."""
-    if stage.data is not None:
-        yield from leaves("data", stage.data)
+def training_data(stage: StageRecipe) -> Iterator[tuple[str, DataConfig, bool]]:
+    """Yields (dotted key, settings, whether rows end with the assistant's turn) of each data set that the stage trains on or measures,
+    those inside mixes too.
+    """
+    has_solution = isinstance(stage, SftRecipe)
+    named = [("data", stage.data, has_solution)]
     if isinstance(stage, SftRecipe):
-        for name, phase in stage.phases.items():
-            if phase.data is not None:
-                yield from leaves(f"phases.{name}.data", phase.data)
+        named += [(f"phases.{name}.data", phase.data, True) for name, phase in stage.phases.items()]
+    if isinstance(stage, OnPolicyDistillRecipe):
+        named.append(("off_policy_data", stage.off_policy_data, True))
+    for key, data, is_conversation in named:
+        if data is not None:
+            yield from ((leaf, settings, is_conversation) for leaf, settings in leaves(key, data))
 
 
 def leaves(key: str, data: DataConfig) -> Iterator[tuple[str, DataConfig]]:

@@ -18,7 +18,7 @@ from ..sft.train import RowFitter
 from .build import Workshop
 from .example_stream import open_stream
 from .load import LoadedRecipe
-from .schema import EvaluateRecipe, ModelConfig, RolloutStageConfig, TrainingRecipe
+from .schema import EvaluateRecipe, ModelConfig, OffPolicyDistillRecipe, RolloutStageConfig, StageRecipe, TrainingRecipe
 from .sft_phases import open_phases, plan_phases
 
 _MARKS = {"trained": "+", "context": " ", "media": "#"}
@@ -54,7 +54,7 @@ def print_example(loaded: LoadedRecipe, number: int, *, stage_name: str | None) 
         console.print(line, soft_wrap=True)
 
 
-def training_stage(loaded: LoadedRecipe, name: str | None) -> tuple[str, TrainingRecipe]:
+def training_stage(loaded: LoadedRecipe, name: str | None) -> tuple[str, TrainingRecipe | OffPolicyDistillRecipe]:
     """Returns the stage of that name, or the first that trains."""
     trains = {key: stage for key, stage in loaded.stages if not isinstance(stage, EvaluateRecipe)}
     wanted = name if name is not None else next(iter(trains), "")
@@ -63,7 +63,7 @@ def training_stage(loaded: LoadedRecipe, name: str | None) -> tuple[str, Trainin
     return wanted, trains[wanted]
 
 
-def start_model(loaded: LoadedRecipe, stage: TrainingRecipe) -> ModelConfig:
+def start_model(loaded: LoadedRecipe, stage: StageRecipe) -> ModelConfig:
     """Returns where a stage's tokens come from: its model, or for the export of an earlier stage that stage's, which need not have run."""
     stages = dict(loaded.stages)
     model = stage.model
@@ -72,12 +72,12 @@ def start_model(loaded: LoadedRecipe, stage: TrainingRecipe) -> ModelConfig:
     return model
 
 
-def example_lines(stage: TrainingRecipe, number: int, *, name: str, chat: Chat) -> Iterator[Text]:
+def example_lines(stage: TrainingRecipe | OffPolicyDistillRecipe, number: int, *, name: str, chat: Chat) -> Iterator[Text]:
     """Yields the lines about example `number` of the stage's training data, in the order in which the run sees it."""
-    if isinstance(stage, RolloutStageConfig):
+    if isinstance(stage, RolloutStageConfig | OffPolicyDistillRecipe):
         (example,) = open_stream(stage.data, seed=stage.seed, with_solution=False).examples(number, 1)
         prompt = chat.encode_prompt(example.messages)
-        yield _headline(example, f"{name}, number {number}", "a prompt: the policy writes what is trained")
+        yield _headline(example, f"{name}, number {number}", "a prompt: a model writes what is trained")
         yield from _token_lines(prompt.token_ids, (False,) * len(prompt.token_ids), prompt.media, chat)
         return
     plans = plan_phases(stage)

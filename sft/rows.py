@@ -24,7 +24,7 @@ class RowNote:
 
     example_id: str
     outcome: str
-    """`dropped` or `split`"""
+    """`dropped`, `split`, or `exchange dropped` for one that is too long alone in a row that is split"""
     reason: str
 
 
@@ -72,9 +72,9 @@ def _stripped(message: Message, index: int) -> Message:
     if message.role != "assistant" or thought_of(message.text) is None:
         return message
     answer = answer_of(message.text)
-    if not answer.strip():
+    if not answer.strip() and not message.tool_calls:
         raise DataError(f"message {index}: nothing is left of the assistant's turn without its think block; drop the row")
-    return replace(message, parts=(TextPart(text=answer),))
+    return replace(message, parts=(TextPart(text=answer),) if answer.strip() else ())
 
 
 def _refuse_blocks(messages: Sequence[Message]) -> None:
@@ -173,7 +173,11 @@ def split_at_turns(example: Example, num_tokens: Callable[[Example], int], *, li
             length = num_tokens(part(first, first + 1))
             place = f"messages {exchanges[first][0]} to {exchanges[first][1] - 1}"
             notes.append(
-                RowNote(example_id=example.id, outcome="dropped", reason=f"{place} alone are too long: {length} tokens, at most {limit}")
+                RowNote(
+                    example_id=example.id,
+                    outcome="exchange dropped",
+                    reason=f"{place} alone are too long: {length} tokens, at most {limit}",
+                )
             )
             first += 1
         else:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from pydantic import ValidationError
 from vlpost.model.records import DataError, Example, ImagePart, Message, TextPart, ToolCall, VideoPart, VlpostError
 from vlpost.recipes import curate as curate_module
 from vlpost.recipes.curate import CurateError, curate
@@ -27,10 +28,10 @@ from vlpost.recipes.curate_reader import read_data_set
 from vlpost.recipes.curate_registry import BuiltStep
 from vlpost.recipes.curate_rows import as_conversations, read_keys, read_shard, rows_hash, write_shard
 from vlpost.recipes.curate_step import Candidate, CuratedRow, RowKey, StepContext, StepResult
+from vlpost.recipes.data_config import CuratedData
 from vlpost.recipes.example_stream import RowStream, fingerprint, open_stream, read_jsonl
 from vlpost.recipes.load import RecipeError, load_recipe
 from vlpost.recipes.run import main
-from vlpost.recipes.schema import CuratedData
 
 STEPS = {
     "verify": {"use": "verify", "rewards": {"components": {"answer": {"use": "count"}}}, "min_value": 1.0},
@@ -209,7 +210,13 @@ def test_a_data_set_its_card_and_its_reasons(made, capsys):
     assert "| verify | `verify` | 90 |" in card
     assert "path: data/train-*.parquet" in card
     assert "| response is wrong |" in card
-    assert "verify, shard 4: 10 rows in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "verify, shard 4: 10 rows in" in printed
+    for step in steps[1:]:
+        heads = [f"{head} {found['count']}" for head, found in step["dropped"].items()]
+        more = [f"{len(heads) - 3} other reasons"] if len(heads) > 3 else []
+        said = f"; dropped: {', '.join(heads[:3] + more)}" if heads else ""
+        assert f"\n{step['name']}: {step['rows_in']} rows in, {step['rows_out']} out, 5 shards{said}\n" in printed
 
 
 def test_the_data_set_is_read_again_as_training_data(made):
@@ -245,6 +252,21 @@ def test_videos_and_candidates_are_read_again(tmp_path):
     candidates = json.loads(pq.read_table(tmp_path / "data" / "train-00000.parquet")["candidates"][0].as_py())
     assert candidates[0]["seed"] == 2**62
     assert candidates[0]["notes"] == {"judge": {"a": 1}}
+
+
+def test_conversations_that_were_cut_off_are_counted_where_a_person_looks(tmp_path, capsys):
+    query = Example(id="q", messages=(Message(role="user", parts=(TextPart(text="?"),)),), answer="3", task="t", source="s")
+    candidates = tuple(
+        Candidate(text="3", prompt_suffix="", finish_reason=reason, num_tokens=1, model="m", seed=0)
+        for reason in ("length", "stop", "length")
+    )
+    (tmp_path / "steps").mkdir()
+    write_shard(tmp_path / "steps" / "shard.parquet", [CuratedRow(example=query, candidates=candidates)], pixels={})
+    for update, words in (({}, "2 conversations end"), ({"max_per_query": 2}, "1 conversations end"), ({"write": "rows"}, None)):
+        recipe = recipe_of(tmp_path, output=".").model_copy(update={"write": "conversations", **update})
+        write_data_set(recipe, summarise(recipe, [("read", "read", [])]), shards=[tmp_path / "steps" / "shard.parquet"])
+        for text in (capsys.readouterr().out, (tmp_path / "README.md").read_text()):
+            assert (f"{words} where the token budget cut them off" in text) if words else ("cut" not in text)
 
 
 def test_the_card_tells_datasets_which_file_is_of_which_split(made):
@@ -523,6 +545,7 @@ def test_an_error_of_a_step_names_the_shard_and_the_shards_before_it_stay(made, 
         ("steps.more={use: split, shares: {a: 0.5, b: 0.5}}", "steps split and more both split"),
         ("steps.more={use: difficulty, models: {m: {min_solved: 1}}}", "steps.more.models names 'm': no `generate` step before it has it"),
         ("max_per_query=2", "max_per_query has no effect with write: rows"),
+        ("write=conversations", "write: conversations writes candidates, and no step generates any"),
         ("steps.dedupe.nearr=true", "steps.dedupe.nearr: unknown key; did you mean 'near'?"),
     ],
 )
@@ -532,6 +555,27 @@ def test_a_recipe_that_means_nothing_is_refused(made, change, words):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, [change])
     assert words in str(caught.value)
+
+
+def test_candidates_that_were_found_wrong_are_not_written_for_sft():
+    model = {"path": "a/b", "sampler": {"max_response_tokens": 1, "max_model_len": 64}}
+    verify = {"use": "verify", "rewards": {"components": {"answer": {"use": "count"}}}}
+    steps = {"generate": {"use": "generate", "models": {"m": model}}}
+    recipe = {"method": "curate", "output": "out", "data": {"a": {"use": "jsonl", "path": "a.jsonl"}}, "write": "conversations"}
+    with pytest.raises(ValidationError, match=r"candidates that 'again' finds wrong, for SFT to learn; give it min_value, or where"):
+        CurateRecipe.model_validate(recipe | {"steps": {**steps, "verify": verify, "again": verify}})
+    for allowed in ({}, {"verify": verify | {"min_value": 1.0}}, {"verify": verify, "again": verify | {"min_value": 0.5}}):
+        assert CurateRecipe.model_validate(recipe | {"steps": {**steps, **allowed}}).write == "conversations"
+
+
+@pytest.mark.parametrize("row", ["", '{"messages": []}'])
+def test_a_data_set_without_a_row_is_named_by_check(made, capsys, row):
+    (made / "empty.jsonl").write_text(row)
+    path = made / "recipe.yaml"
+    path.write_text(json.dumps(recipe_of(made).model_dump(mode="json", exclude_unset=True)))
+    empty = f"data.other={{use: jsonl, path: {made / 'empty.jsonl'}, bad_rows: drop}}"
+    assert main(["check", str(path), empty]) == 1
+    assert "vlpost: data.other: there is no row that can be used; give at least one" in capsys.readouterr().err
 
 
 def test_the_command_line(made, capsys):

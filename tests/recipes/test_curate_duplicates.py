@@ -31,9 +31,11 @@ def compressed(image, quality=60):
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
-def row(row_id, text, *images, answer="5", turn=None):
+def row(row_id, text, *images, answer="5", turn=None, system=None):
     parts = (*(ImagePart.from_image(image) for image in images), TextPart(text=text))
     messages = (Message(role="user", parts=parts),)
+    if system is not None:
+        messages = (Message(role="system", parts=(TextPart(text=system),)), *messages)
     if turn is not None:
         messages += (Message(role="assistant", parts=(TextPart(text=turn),)),)
     return CuratedRow(example=Example(id=row_id, messages=messages, answer=answer, task="t", source="made"))
@@ -149,6 +151,26 @@ def test_a_compressed_image_is_a_near_duplicate():
     assert result.dropped[0][1].endswith(" of 256 bits apart")
 
 
+def test_another_question_about_the_same_long_text_is_another_row_where_responses_are_the_answers():
+    long = " ".join(f"{STORY} on day {day}." for day in range(8))
+    rows = [
+        row("april", f"{long} What came in April?", answer="", turn="Nine letters."),
+        row("may", f"{long} What came in May?", answer="", turn="Twelve letters."),
+        row("may again", f"{long} What then came in May?", answer="", turn="<think>\nlet me see\n</think>\n\ntwelve  letters."),
+    ]
+    result = dedupe(*rows)
+    assert ids(result) == ["april", "may"]
+    assert result.dropped[0][1].startswith("near duplicate: of row may, texts 0.9")
+
+
+def test_rows_under_other_system_messages_are_no_near_duplicates():
+    rows = [row("a", STORY, system="Answer in French."), row("b", STORY, system="Answer in German."), row("c", f"{STORY} now")]
+    assert ids(dedupe(*rows)) == ["a", "b", "c"]
+    again = dedupe(*rows, row("d", f"{STORY} now", system="Answer in German."))
+    assert [row_id for row_id, _ in again.dropped] == ["d"]
+    assert again.dropped[0][1].startswith("near duplicate: of row b, ")
+
+
 def test_what_was_kept_before_is_known_again():
     rows = [row("a", STORY), row("b", "How many?", scene(1)), row("c", f"{STORY} today"), row("d", "How many?", compressed(scene(1)))]
     together = dedupe(*rows)
@@ -213,3 +235,8 @@ def test_images_of_an_evaluation_set_drop_a_row_and_shared_templates_do_not(deco
     ]  # fmt: skip
     strict = decontaminate(rows, [("How many?", scene(1))], rows_with_images="by_image_or_text")
     assert ids(strict) == ["no"]
+
+
+def test_rows_without_a_word_have_no_words_in_common(decontaminate):
+    result = decontaminate([row("a", "", scene(2))], [("", scene(1))], rows_with_images="by_image_or_text")
+    assert ids(result) == ["a"]

@@ -298,6 +298,11 @@ def test_a_rubric_of_the_recipe_needs_the_same_axes(query_filter, judge, tmp_pat
     assert judge.requests[0]["system"].startswith("OURS")
 
 
+def test_a_misspelt_rubric_is_answered_with_the_names_that_there_are(query_filter):
+    with pytest.raises(RewardConfigError, match=r"query_filter: rubric 'qeury' is unknown; built-in are query, response, a file of yours"):
+        query_filter(ask("x"), rubric="qeury")
+
+
 @given(
     texts=st.lists(st.text(alphabet="ab [", max_size=5), min_size=1, max_size=4),
     images=st.lists(st.sampled_from([RED, BLUE]), min_size=3, max_size=3),

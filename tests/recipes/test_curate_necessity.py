@@ -12,17 +12,12 @@ from PIL import Image
 from pydantic import ValidationError
 from vlpost.model.records import DataError, Example, ImagePart, Message, Rollout, TextPart, VideoPart
 from vlpost.model.sampler import request_seed
+from vlpost.recipes.curate_card import card_lines
+from vlpost.recipes.curate_chance import binomial_tail, chance_levels, describe_chance, hypergeometric_tail
 from vlpost.recipes.curate_difficulty import in_order
 from vlpost.recipes.curate_engine_config import ImageNecessityConfig
 from vlpost.recipes.curate_generate import Engine
-from vlpost.recipes.curate_necessity import (
-    ImageNecessityStep,
-    binomial_tail,
-    chance_levels,
-    describe_chance,
-    hypergeometric_tail,
-    without_media,
-)
+from vlpost.recipes.curate_necessity import ImageNecessityStep, without_media
 from vlpost.recipes.curate_step import CuratedRow, StepContext
 from vlpost.rewards.manager import RewardUnavailableError
 
@@ -229,6 +224,19 @@ def test_the_chance_level_is_printed_when_the_step_ends(try_blind, capsys):
     result = try_blind(SCRIPT, *THREE, tries=2)
     assert capsys.readouterr().out == describe_chance(result.metrics) + "\n"
     assert "chance level: 100.0% of tries" in describe_chance(result.metrics)
+
+
+def test_the_card_says_beside_the_dropped_rows_what_guessing_would_have_solved(try_blind):
+    result = try_blind(SCRIPT, *THREE)
+    steps = [
+        {"name": name, "use": use, "rows_in": 3, "rows_out": 1, "seconds": 1.0, "settings": {}, "dropped": {}, "changed": {},
+         "metrics": metrics, "histogram": {}}
+        for name, use, metrics in (("read", "read", {}), ("others", "dedupe", {}), ("blind", "image_necessity", result.metrics))
+    ]  # fmt: skip
+    recipe = {"seed": 0, "data": {"a": {"use": "jsonl", "path": "a.jsonl"}}}
+    card = card_lines({"files": {}, "cut_off": 0, "recipe": recipe, "steps": steps, "vlpost": "0"}, plots={})
+    assert [line for line in card if "without images" in line] == [f"{describe_chance(result.metrics)}."]
+    assert card.index(f"{describe_chance(result.metrics)}.") > card.index("## blind: `image_necessity`")
 
 
 def test_metrics_are_counts_that_add_up_and_the_line_says_where_chance_comes_from(try_blind):

@@ -1,5 +1,6 @@
 """Mixes of data sets: exact shares, each example a function of its number."""
 
+import random
 from fractions import Fraction
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from vlpost.model.records import DataError, Example, ImagePart, Message, TextPart
+from vlpost.recipes import example_stream
+from vlpost.recipes.data_config import DataConfig, MixData
 from vlpost.recipes.example_mix import MixStream, ShareOrder, Source, mix
 from vlpost.recipes.example_stream import RowStream, open_stream
-from vlpost.recipes.schema import DataConfig, MixData
 
 DOT = ImagePart.from_image(Image.new("RGB", (32, 32)))
 
@@ -79,6 +81,21 @@ def test_each_part_keeps_its_own_order_and_starts_where_it_is_told():
     drawn = MixStream([Source(share=3, stream=first), Source(share=1, stream=second, start=2)]).examples(0, 40)
     assert [e.id for e in drawn if e.id.startswith("a")] == [e.id for e in first.examples(0, 30)]
     assert [e.id for e in drawn if e.id.startswith("b")] == [e.id for e in second.examples(2, 10)]
+
+
+def test_a_part_does_not_put_the_order_of_another_out(monkeypatch):
+    shuffled = []
+
+    class Counting(random.Random):
+        def shuffle(self, x):
+            shuffled.append(len(x))
+            super().shuffle(x)
+
+    monkeypatch.setattr(example_stream.random, "Random", Counting)
+    stream = MixStream([Source(share=1, stream=rows(f"p{part}-", 700 + part)) for part in range(12)])
+    for step in range(20):
+        stream.examples(step * 24, 24)
+    assert sorted(shuffled) == [700 + part for part in range(12)], "each once, not at every step"
 
 
 def mix_config(**more):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from vlpost.model.records import DataError, Example, ImagePart, Message, TextPart
+from vlpost.recipes.data_config import HandwritingData, JsonlData
 from vlpost.recipes.example_stream import HandwritingStream, RowStream, fingerprint, open_stream, read_jsonl
-from vlpost.recipes.schema import HandwritingData, JsonlData
 
 QUESTION = {"role": "user", "content": "How much is 5 + 7?"}
 

@@ -12,9 +12,9 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from vlpost.model.records import Example, ImagePart, Message, TextPart
-from vlpost.recipes import run, stages
+from vlpost.recipes import run, sft_phases, stages
 from vlpost.recipes.load import RecipeError, load_recipe
-from vlpost.recipes.schema import SftRecipe
+from vlpost.recipes.schema import InterleaveConfig, SftRecipe
 from vlpost.recipes.sft_phases import dealt, examples_of_step, open_phases, plan_of_step, plan_phases, training_data
 from vlpost.recipes.training import comparable_recipe
 from vlpost.sft.train import SftStage
@@ -55,6 +55,22 @@ def test_phases_follow_each_other():
     assert long.config.weighting == short.config.weighting == "sqrt"
     assert [plan_of_step((short, long), step).name for step in range(8)] == ["short"] * 3 + ["long"] * 5
     assert [examples_of_step((short, long), step) for step in (0, 2, 3, 7)] == [(0, 4), (8, 4), (12, 2), (20, 2)]
+
+
+def test_the_order_of_a_share_is_worked_out_once_and_not_at_every_step(monkeypatch):
+    asked = []
+
+    class Counting(sft_phases.ShareOrder):
+        def counts(self, num_places):
+            asked.append(num_places)
+            return super().counts(num_places)
+
+    monkeypatch.setattr(sft_phases, "ShareOrder", Counting)
+    odd = recipe().phases["long"].model_copy(update={"interleave": InterleaveConfig(phase="short", share=0.271828)})
+    changed = recipe(phases={"short": recipe().phases["short"], "long": odd})
+    plans = [plan_phases(changed) for _ in range(20)]
+    assert plans == plans[:1] * 20
+    assert asked in ([12, 10], [10]), "the examples of each phase once, of a share of 1 perhaps before this test"
 
 
 def test_a_recipe_without_phases_is_one():
@@ -105,10 +121,10 @@ def test_every_data_set_of_a_stage_is_named():
     mixed = {"use": "mix", "parts": {"a": {"share": 1, "data": digits("add")}, "b": {"share": 2, "data": digits("count")}}}
     phases = {"one": {"num_steps": 1}, "two": {"num_steps": 1, "data": digits("read")}}
     named = training_data(recipe(phases=phases, data=mixed))
-    assert {key: list(data.tasks) for key, data in named} == {
-        "data.parts.a.data": ["add"],
-        "data.parts.b.data": ["count"],
-        "phases.two.data": ["read"],
+    assert {key: (list(data.tasks), has_solution) for key, data, has_solution in named} == {
+        "data.parts.a.data": (["add"], True),
+        "data.parts.b.data": (["count"], True),
+        "phases.two.data": (["read"], True),
     }
 
 

@@ -10,10 +10,10 @@ import zlib
 import pytest
 from PIL import Image
 from vlpost.model.records import DataError, ImagePart, TextPart
+from vlpost.recipes.data_config import JsonlData
 from vlpost.recipes.example_stream import open_stream, read_rows
 from vlpost.recipes.row_files import load_rows
 from vlpost.recipes.row_media import RowError
-from vlpost.recipes.schema import JsonlData
 
 GOOD = {"id": "good", "messages": [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7"}]}
 
@@ -174,6 +174,10 @@ FAULTS = [
     ("video times", film(fps=1.0, times=[0, 1]), "one of the two"),
     ("video times", film(times=[0]), "must be 2 numbers of seconds"),
     ("video times", film(times=[1, 0]), "must not go back"),
+    ("video times", film(fps=1.0, sample_fps=2.0), "fps = 1.0 and sample_fps = 2.0"),
+    ("video times", film(video="noise.mp4", times=[0, 1]), "times is for a list of frames, a film file has times of its own"),
+    ("video times", film(video="noise.mp4", sample_fps=1.0), "sample_fps is for a list of frames"),
+    ("video fps", film(video="noise.mp4", fps=0), "video fps = 0: must be a finite number above 0"),
     ("video fps", film(fps=0), "video fps = 0: must be a finite number above 0"),
     ("video without frames", film(video=[], fps=1), "the video has no frames"),
     ("video too long", film(video=[url(saved(RED))] * 5, fps=1), "the video has 5 frames, at most 4 are taken"),
@@ -252,6 +256,14 @@ def test_text_that_only_looks_odd_is_kept_as_it_is(text, config):
     found = load_rows(config(said(text)), with_solution=True)
     assert found.notes == ()
     assert found.examples[0].messages[0].parts == (TextPart(text=text),)
+
+
+def test_a_column_that_metadata_has_too_takes_nothing_away(config):
+    same = GOOD | {"metadata": {"level": 1}, "level": 1}
+    assert load_rows(config(same, extra_keys="metadata"), with_solution=True).examples[0].metadata == {"level": 1}
+    with pytest.raises(RowError, match="line 1: 'level' = 2, and metadata says 1: which is meant\\? Keep one") as caught:
+        load_rows(config(same | {"level": 2}, extra_keys="metadata"), with_solution=True)
+    assert caught.value.kind == "key given twice"
 
 
 def test_the_same_id_twice_drops_the_later_row(config):

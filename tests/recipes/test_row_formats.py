@@ -16,11 +16,11 @@ from PIL import Image
 from transformers import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 from vlpost.model.records import DataError, ImagePart, TextPart, ToolCall, VideoPart
+from vlpost.recipes.data_config import HubData, JsonlData, ParquetData
 from vlpost.recipes.example_stream import fingerprint, open_stream, read_rows
 from vlpost.recipes.row_files import has_clock_times, load_rows
 from vlpost.recipes.row_formats import to_messages
 from vlpost.recipes.row_media import RowError, VideoSampling, sampled_indices
-from vlpost.recipes.schema import HubData, JsonlData, ParquetData
 
 
 def png(color, size=(8, 6)):
@@ -103,6 +103,17 @@ def test_tools_without_a_system_message_get_one_without_words(jsonl):
 def test_sharegpt_rows_are_the_plain_rows(jsonl):
     plain = read_rows(jsonl(PLAIN), with_solution=True)
     assert read_rows(jsonl(SHAREGPT, format="sharegpt"), with_solution=True) == plain
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("loss", False), ("train", False), ("weight", 0.5)])
+def test_a_turn_that_is_not_to_be_trained_as_the_others_is_no_turn_like_any_other(jsonl, key, value):
+    turns = [{"from": "human", "value": "3 + 4?"}, {"from": "gpt", "value": "8", key: value}, {"from": "human", "value": "Sure?"}]
+    row = {"conversations": [*turns, {"from": "gpt", "value": "7"}]}
+    with pytest.raises(DataError, match=f"turn 1 has '{key}' = {value}, and all that the assistant wrote is trained alike; cut the row"):
+        read_rows(jsonl(row, format="sharegpt"), with_solution=True)
+    for as_the_others in (1, True, None):
+        turns[1][key] = as_the_others
+        assert len(read_rows(jsonl(row, format="sharegpt"), with_solution=True)[0].messages) == 4
 
 
 def test_alpaca_rows_with_history_and_images(jsonl):
@@ -280,6 +291,11 @@ def test_a_film_file_is_decoded_at_the_wanted_rate(jsonl, tmp_path):
     assert (film.fps, film.frame_indices) == (10.0, (0, 6, 12, 17, 23, 29))
     for frame, number in zip(film.frames, film.frame_indices, strict=True):
         assert abs(frame.getpixel((10, 10))[0] - 8 * number) <= 3
+    (own,) = read_rows(jsonl(film_row(video="film.avi", fps=2.0), video_fps=4.0), with_solution=False)
+    assert own == row, "the rate that a row names is the one that it is shown with"
+    turns = [{"from": "human", "value": "<video>?"}]
+    sharegpt = {"id": "film", "conversations": turns, "video": "film.avi", "fps": 2.0}
+    assert read_rows(jsonl(sharegpt, format="sharegpt", video_fps=4.0), with_solution=False) == (row,)
     (short,) = read_rows(jsonl(film_row(video="film.avi"), max_video_frames=3), with_solution=False)
     assert short.media[0].frame_indices == (0, 14, 29)
 

@@ -166,7 +166,7 @@ def test_a_row_that_is_dropped_says_why(loaded, chat):
 def test_a_prompt_of_rl_trains_nothing(loaded, chat):
     name, stage = training_stage(loaded, "sapo")
     headline, *lines = (line.plain for line in example_lines(stage, 0, name=name, chat=chat))
-    assert headline.endswith("a prompt: the policy writes what is trained")
+    assert headline.endswith("a prompt: a model writes what is trained")
     assert [line[:1] for line in lines] == [" ", "#", " "]
 
 

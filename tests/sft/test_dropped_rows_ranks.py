@@ -29,6 +29,6 @@ def test_two_ranks_drop_as_one_does(tmp_path):
     together = json.loads((tmp_path / "report.json").read_text())
     assert [values["rows_dropped"] for values in together.values()] == [0.0, 2.0, 4.0, 1.0]
     assert [values["rows"] for values in together.values()] == [4.0, 2.0, 0.0, 3.0]
-    assert set(together["all dropped"]) == {"rows", "rows_dropped", "rows_split"}
+    assert set(together["all dropped"]) == {"rows", "rows_dropped", "rows_split", "exchanges_dropped"}
     for name, values in alone.items():
         assert together[name] == pytest.approx(values, rel=1e-4), name

@@ -171,10 +171,21 @@ def test_a_step_without_any_row_left_updates_nothing(make_stage):
     stage, notes = make_stage(max_length=16, too_long="drop")
     before = [parameter.detach().clone() for parameter in stage.learner.model.parameters()]
     metrics = stage.step([LONG, row("other", "8 + 8? " * 4, "16")])
-    assert set(metrics) == {"rows", "rows_dropped", "rows_split", "time/step_s"}
+    assert set(metrics) == {"rows", "rows_dropped", "rows_split", "exchanges_dropped", "time/step_s"}
     assert (metrics["rows"], metrics["rows_dropped"], len(notes)) == (0.0, 2.0, 2)
     assert stage.learner.policy_version == 0
     assert all(torch.equal(first, second) for first, second in zip(before, stage.learner.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("asked", "counts"), [("8 + 8? " * 9, (1.0, 1.0, 0.0)), ("1 + 1?", (2.0, 0.0, 1.0))])
+def test_exchanges_that_fit_nowhere_are_counted_apart_from_rows(make_stage, instruct, asked, counts):
+    limit = length_of(SHORT, instruct)
+    stage, notes = make_stage(max_length=limit, too_long="split")
+    metrics = stage.step([row("long", asked, "2", "8 + 8? " * 9, "16"), SHORT])
+    assert (metrics["rows"], metrics["rows_dropped"], metrics["rows_split"]) == counts
+    assert metrics["exchanges_dropped"] == sum(note.outcome == "exchange dropped" for note in notes) == 1 + counts[1]
+    assert notes[0].outcome == ("dropped" if counts[1] else "split")
+    assert notes[0].reason.endswith("; none of its exchanges fits" if counts[1] else "; 1 rows from its turns")
 
 
 # ---------------------------------------------------------------- parts of the model

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
-from vlpost.model.records import DataError, Example, ImagePart, Message, TextPart
+from vlpost.model.records import DataError, Example, ImagePart, Message, TextPart, ToolCall
 from vlpost.sft.config import ModeFusionConfig, SftConfig
 from vlpost.sft.rows import answer_of, split_at_turns, thought_of, with_thinking_as_configured
 
@@ -54,6 +54,15 @@ def fusion(share=0.0, **more):
 def test_thought_and_answer_of_a_turn(text, thought, answer):
     assert thought_of(text) == thought
     assert answer_of(text) == answer
+
+
+def test_a_turn_that_thinks_and_calls_a_tool_keeps_its_call_without_the_thinking():
+    call = ToolCall(name="zoom", arguments='{"label": "7"}')
+    calling = replace(message("a", "<think>\nI look closer.\n</think>\n\n"), tool_calls=(call,))
+    example = row("u: which?", "a: ", "t: 7", "a: 7")
+    example = replace(example, messages=(example.messages[0], calling, *example.messages[2:]))
+    stripped = with_thinking_as_configured(example, config(think_blocks="strip"), opens_think_block=True)
+    assert [(turn.text, turn.tool_calls) for turn in stripped.messages] == [("which?", ()), ("", (call,)), ("7", ()), ("7", ())]
 
 
 @pytest.mark.parametrize("settings", [config(), config(think_blocks="keep"), config(think_blocks="strip"), fusion()])
@@ -190,7 +199,7 @@ def test_an_exchange_that_is_too_long_alone_is_named():
     long = row("s: sys", "u: 1", "a: x", "u: 2", "a: " + "y" * 40, "u: 3", "a: z")
     parts, (note,) = split_at_turns(long, characters, limit=12)
     assert [texts(part) for part in parts] == [["sys", "1", "x"], ["sys", "3", "z"]]
-    assert (note.example_id, note.outcome) == ("row", "dropped")
+    assert (note.example_id, note.outcome) == ("row", "exchange dropped")
     assert note.reason == "messages 3 to 4 alone are too long: 44 tokens, at most 12"
 
 

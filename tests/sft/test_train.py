@@ -171,10 +171,11 @@ def test_a_step_says_what_it_did(make_stage):
         "rows",
         "rows_dropped",
         "rows_split",
+        "exchanges_dropped",
         "text_only_frac",
     }
     assert set(metrics) == names
-    assert [metrics.pop(name) for name in ("nonfinite_updates", "rows_dropped", "rows_split")] == [0.0, 0.0, 0.0]
+    assert [metrics.pop(name) for name in ("nonfinite_updates", "rows_dropped", "rows_split", "exchanges_dropped")] == [0.0] * 4
     assert (metrics["rows"], metrics["text_only_frac"]) == (4.0, 0.25)
     assert all(math.isfinite(value) and value > 0 for value in metrics.values())
     assert metrics["unique_tokens"] == sum(len(s.token_ids) for row in rows() for s in supervised_sequences(row, stage.chat))
