@@ -98,6 +98,29 @@ def support_logprobs(
     return logprobs, entropy
 
 
+@torch.no_grad()
+def top_ids(hidden: Tensor, head: Tensor, *, k: int, allowed: Tensor | None) -> Tensor:
+    """Returns the k most likely ids at each position, [N, k], most likely first; `allowed` [V] bool leaves out the others.
+
+    `hidden` [N, H] and `head` [V, H] are those of `token_logprobs`. Raises `ValueError` where fewer than k ids may be drawn.
+    """
+    num_allowed = len(head) if allowed is None else int(allowed[: len(head)].sum())
+    if k > num_allowed:
+        raise ValueError(f"k = {k}: only {num_allowed} ids may be drawn; give a smaller k")
+    hidden = in_autocast_dtype(hidden)
+    found = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    for rows in blocks_of(len(hidden), TOKEN_BLOCK):
+        best = torch.empty(len(hidden[rows]), 0, dtype=torch.float32, device=hidden.device)
+        ids = torch.empty(len(hidden[rows]), 0, dtype=torch.int64, device=hidden.device)
+        for columns in blocks_of(len(head), VOCABULARY_BLOCK):
+            logits = tile_logits(hidden[rows], head[columns], allowed, columns, 1.0)
+            values, places = logits.topk(min(k, logits.shape[1]), dim=-1)
+            best, kept = torch.cat([best, values], dim=-1).topk(min(k, best.shape[1] + values.shape[1]), dim=-1)
+            ids = torch.cat([ids, places + columns.start], dim=-1).gather(1, kept)
+        found[rows] = ids
+    return found
+
+
 def in_autocast_dtype(hidden: Tensor) -> Tensor:
     """Returns hidden states in the dtype that products are taken in here."""
     device = hidden.device.type
@@ -117,9 +140,9 @@ def tile_logits(hidden: Tensor, head: Tensor, allowed: Tensor | None, columns: s
     """Returns the logits [n, v] of one tile; `head` holds the rows `columns` of the output matrix, disallowed ids get -inf."""
     logits = product(hidden, head.to(hidden.dtype).T)
     if temperature != 1.0:
-        logits = logits / temperature
+        logits /= temperature
     if allowed is not None:
-        logits = logits.masked_fill(~allowed[columns], -torch.inf)
+        logits.masked_fill_(~allowed[columns], -torch.inf)
     return logits
 
 

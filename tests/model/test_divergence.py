@@ -13,7 +13,7 @@ from vlpost.model import divergence as divergence_module
 from vlpost.model.divergence import token_forward_kl, token_jsd, token_kl
 
 TOKENS, WIDTH, REFERENCE_WIDTH, VOCABULARY = 7, 5, 3, 23
-# The vocabulary blocks of 4 then begin at 0, 4, ..., 20; blocks 1 and 3 hold no allowed id, neither does the last (short) one.
+# With vocabulary blocks of 4 at 0, 4, ..., 20 the blocks 1 and 3 hold no allowed id, neither does the last (short) one.
 ALLOWED = torch.tensor([token % 3 != 1 and token // 4 not in (1, 3, 5) for token in range(VOCABULARY)])
 BETA = 0.3
 DIRECTIONS = {"policy to reference": token_kl, "reference to policy": token_forward_kl, "both to a mixture": partial(token_jsd, beta=BETA)}
@@ -30,8 +30,9 @@ def divergence(request):
 
 
 def set_blocks(patch, tokens, vocabulary):
-    patch.setattr(divergence_module, "TOKEN_BLOCK", tokens)
-    patch.setattr(divergence_module, "VOCABULARY_BLOCK", vocabulary)
+    """Sets tiles of tokens x vocabulary; the rows that forward holds whole have twice as many elements."""
+    elements = tokens * vocabulary
+    patch.setattr(divergence_module, "_block_sizes", lambda device, num_ids: (max(1, 2 * elements // num_ids), tokens, elements))
 
 
 def random_inputs(*, seed=0, scale=1.0, num_tokens=TOKENS, vocabulary=VOCABULARY, reference_width=REFERENCE_WIDTH):
@@ -321,7 +322,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_made(divergence, monkeypatch):
-    set_blocks(monkeypatch, 16, 32)
+    set_blocks(monkeypatch, 16, 16)
     inputs = random_inputs(num_tokens=64, vocabulary=128)
     options = {"allowed": torch.arange(128) > -1, "temperature": 0.5}
 
@@ -334,12 +335,12 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(divergence, monkeypatch):
     blockwise = largest(lambda: divergence(*inputs, **options))
     assert whole == 64 * 128
     # The largest things left are the head's gradient and transpose.
-    assert blockwise == max(16 * 32, 128 * WIDTH)
+    assert blockwise == max(2 * 16 * 16, 128 * WIDTH)
 
 
-@pytest.mark.parametrize(("trained", "num_tokens", "expected"), [("hidden", 64, 16 * 32), ("head", 256, 128 * WIDTH)])
+@pytest.mark.parametrize(("trained", "num_tokens", "expected"), [("hidden", 64, 2 * 16 * 16), ("head", 256, 128 * WIDTH)])
 def test_no_gradient_is_computed_for_what_is_frozen(divergence, monkeypatch, trained, num_tokens, expected):
-    set_blocks(monkeypatch, 16, 32)
+    set_blocks(monkeypatch, 16, 16)
     hidden, head, *reference = (part.detach() for part in random_inputs(num_tokens=num_tokens, vocabulary=128, reference_width=2))
     {"hidden": hidden, "head": head}[trained].requires_grad_()
     with LargestTensor() as seen:
