@@ -1,12 +1,12 @@
-"""Settings of on-policy distillation. No torch."""
+"""Settings of on-policy distillation and of teachers behind a server. No torch."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..model.config import Settings
+from ..model.config import DType, Settings
 from ..rl.config import PolicyLossConfig, SapoConfig
 
 
@@ -23,10 +23,59 @@ class ExactConfig(Settings):
 
     @model_validator(mode="after")
     def _beta_is_of_jsd(self) -> ExactConfig:
-        if self.divergence == "jsd" and self.beta is None:
-            raise ValueError("divergence: jsd needs beta, strictly between 0 and 1 (GKD's recipes have 0.5)")
-        if self.divergence != "jsd" and self.beta is not None:
-            raise ValueError(f"beta = {self.beta} is of `divergence: jsd`; {self.divergence} has none: leave it out")
+        _check_beta(self.divergence, self.beta)
+        return self
+
+
+class TopKConfig(Settings):
+    """The divergence over the most likely ids and one bucket of all others: what a teacher behind a server can tell.
+
+    Nothing is renormalised: student mass outside of the ids stands against the teacher's mass there. By the log-sum inequality the value
+    is never above that of `exact`.
+    """
+
+    name: Literal["top_k"]
+    k: int = Field(default=64, ge=1, le=1024)
+    """Ids of each model at a position, beside the drawn token, which always counts. Our choice: neither Qwen report gives one."""
+    ids: Literal["teacher", "student", "both"] = "teacher"
+    """Whose most likely ids. Those of the student need an engine that scores given ids (vLLM's V2 model runner, which needs a GPU)."""
+    divergence: Literal["forward", "reverse", "jsd"] = "reverse"
+    """As in `exact`."""
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    """Of jsd, and only of it: the teacher's share of the mixture."""
+
+    @model_validator(mode="after")
+    def _beta_is_of_jsd(self) -> TopKConfig:
+        _check_beta(self.divergence, self.beta)
+        return self
+
+
+def _check_beta(divergence: str, beta: float | None) -> None:
+    if divergence == "jsd" and beta is None:
+        raise ValueError("divergence: jsd needs beta, strictly between 0 and 1 (GKD's recipes have 0.5)")
+    if divergence != "jsd" and beta is not None:
+        raise ValueError(f"beta = {beta} is of `divergence: jsd`; {divergence} has none: leave it out")
+
+
+class SoftLabelsConfig(Settings):
+    """A teacher's distribution as targets of off-policy distillation, beside the tokens of its responses.
+
+    It is read once, after the filters, for the `top_k` most likely ids at each token and one bucket of all others, and kept on disk in 16
+    bits. The Qwen3 reports train on responses alone in this phase (arXiv:2505.09388, 4.5); all of it is our choice.
+    """
+
+    top_k: int = Field(default=32, ge=1, le=1024)
+    """Ids at a position, beside the token that stands there, which always counts."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the divergence in the loss; the rest is the cross entropy of the response."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """As in `exact`; forward, as the responses are the teacher's own."""
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    """Of jsd, and only of it: the teacher's share of the mixture."""
+
+    @model_validator(mode="after")
+    def _beta_is_of_jsd(self) -> SoftLabelsConfig:
+        _check_beta(self.divergence, self.beta)
         return self
 
 
@@ -43,7 +92,78 @@ class SampledTokenConfig(Settings):
     """Cap of the token-level weight pi_learner / pi_engine that corrects for the engine's arithmetic (truncated, detached)."""
 
 
-SupportConfig = Annotated[ExactConfig | SampledTokenConfig, Field(discriminator="name")]
+SupportConfig = Annotated[ExactConfig | TopKConfig | SampledTokenConfig, Field(discriminator="name")]
+
+
+class TaskRewardsConfig(Settings):
+    """The recipe's rewards beside the teacher: a policy-gradient loss with group advantages, added to that of every drawn token."""
+
+    weight: float = Field(gt=0)
+    """Of the policy loss; the divergence has 1."""
+    policy_loss: PolicyLossConfig = SapoConfig()
+    importance_cap: float = Field(default=2.0, ge=1.0)
+    """As in `sampled_token`."""
+
+
+class RequestsConfig(Settings):
+    """How a teacher behind a server is asked, and how long one that does not answer is waited for. All of it is our choice."""
+
+    max_concurrent: int = Field(default=32, ge=1)
+    """Requests in flight of each process; a request is one response."""
+    request_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for one reply, seconds."""
+    max_tries: int = Field(default=5, ge=1)
+    """Failures of one request, each while the server was there, before it is the request's own fault and ends the run."""
+    backoff_s: float = Field(default=0.5, gt=0)
+    """Longest pause before the second try, seconds; it doubles with every further one, up to 30, and is drawn from 0 up."""
+    max_wait_s: float = Field(default=1800.0, gt=0)
+    """How long the step pauses for a server that is away, seconds; then the run saves and ends. `watchdog.reward_s` must be longer."""
+
+
+class ServerConfig(Settings):
+    """How a run serves a teacher: vLLM in a process of its own, on this machine's loopback, behind a random key, gone with the run."""
+
+    port: int = Field(default=0, ge=0, le=65535)
+    """0: any free one."""
+    devices: str | None = Field(default=None, min_length=1)
+    """CUDA_VISIBLE_DEVICES of the server, such as "6,7"; absent: that of the run."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of each of its GPUs that the server takes."""
+    dtype: DType = "auto"
+    """Of its weights and arithmetic."""
+    max_model_len: int | None = Field(default=None, ge=17)
+    """Tokens of a response with its prompt, and one; absent: `sampler.max_model_len` + 1."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """Memory for keys and values on the CPU."""
+    max_images_per_prompt: int | None = Field(default=None, ge=0)
+    """Absent: `sampler.max_images_per_prompt`, and none where distill.prompts is text."""
+    arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Further arguments of vLLM's server by name, such as `tensor_parallel_size: 4`; `true` gives the bare flag."""
+    start_timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest wait until the server answers, seconds."""
+    max_restarts: int = Field(default=5, ge=0)
+    """How often a server that ended is started again in a run."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _no_reserved_argument(cls, arguments: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+        for name in arguments:
+            flag = name.strip("-").replace("_", "-").split(".")[0]
+            decided = [other for other in _DECIDED_ARGUMENTS if flag and (other.startswith(flag) or flag == f"no-{other}")]
+            if decided or not flag.replace("-", "").isalnum():
+                why = f"it stands for --{decided[0]}, which the run decides itself" if decided else "it is no name of an argument"
+                raise ValueError(f"argument {name!r} is not passed on to the server: {why}; take it out")
+        return arguments
+
+
+_DECIDED_ARGUMENTS = (
+    *("model", "host", "port", "uds", "api-key", "served-model-name", "max-model-len", "max-logprobs", "logprobs-mode", "dtype"),
+    *("limit-mm-per-prompt", "gpu-memory-utilization", "trust-remote-code", "enable-scale-out", "config", "root-path", "middleware"),
+    *("ssl-keyfile", "ssl-certfile", "enable-log-requests", "generation-config", "load-format", "tokenizer", "revision"),
+    *("allowed-local-media-path", "log-config-file", "logits-processors", "tool-parser-plugin", "reasoning-parser-plugin"),
+    *("io-processor-plugin", "worker-cls", "worker-extension-cls", "scheduler-cls", "kv-transfer-config", "ec-transfer-config"),
+)
+"""What the run sets, or what would move the server off loopback, away from its key, or to other code or another tokenizer."""
 
 
 class OnPolicyDistillConfig(Settings):
@@ -58,6 +178,12 @@ class OnPolicyDistillConfig(Settings):
     """Optimizer updates a step. Only the first of them sees responses of the very student that it trains."""
     support: SupportConfig = ExactConfig()
     """What of the teacher's distribution is used."""
+    task_rewards: TaskRewardsConfig | None = None
+    """Absent: the teacher alone decides. Responses that cannot be judged have no part in this term."""
+    off_policy_rows: int = Field(default=0, ge=0)
+    """Conversations of the recipe's `off_policy_data` in each step, beside its prompts; the teacher scores what the assistant wrote there.
+    GKD's lambda, the student's share of the rows (arXiv:2306.13649 algorithm 1), is drawn / (drawn + these), and here it is exact in
+    every update. Absent, lambda is 1, with which GKD's students are best."""
     weighting: Literal["token", "sequence"] = "token"
     """How drawn tokens weigh in the mean: all of a step alike (the KL of the batch a token), or each response alike."""
     prompts: Literal["text", "multimodal"] = "text"
@@ -70,5 +196,21 @@ class OnPolicyDistillConfig(Settings):
             raise ValueError(
                 f"distill.prompts_per_step = {self.prompts_per_step} cannot be split into "
                 f"distill.num_mini_batches = {self.num_mini_batches} equal parts"
+            )
+        if self.off_policy_rows % self.num_mini_batches:
+            raise ValueError(
+                f"distill.off_policy_rows = {self.off_policy_rows} cannot be split into "
+                f"distill.num_mini_batches = {self.num_mini_batches} equal parts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_fit(self) -> OnPolicyDistillConfig:
+        if self.task_rewards is not None and self.group_size < 2:
+            raise ValueError("distill.task_rewards compares the responses to one prompt, and distill.group_size is 1: give at least 2")
+        if self.off_policy_rows and isinstance(self.support, SampledTokenConfig):
+            raise ValueError(
+                f"distill.off_policy_rows = {self.off_policy_rows} with support sampled_token: its gradient is right for tokens that the "
+                "student drew alone; take support exact or top_k, or no such rows"
             )
         return self

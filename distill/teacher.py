@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
-from PIL import ImageOps
-from transformers import PreTrainedModel
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model.chat import Chat
 from ..model.config import LearnerConfig
@@ -15,12 +17,13 @@ from ..model.layout import build_accelerator, is_sharded, machine_dtype
 from ..model.learner import Distribution, Policy, frozen_states
 from ..model.packing import Batch, pack, weigh
 from ..model.records import DataError, Example, ImagePart, MediaPart, TrainSequence, VideoPart, VlpostError
-from ..model.reference import FrozenCopy, ReferenceStates
+from ..model.reference import FrozenCopy, ReferenceStates, SparseStates
 from ..model.vision import vision_pass
 
 _SHARED_VISION_FIELDS = ("patch_size", "temporal_patch_size", "spatial_merge_size")
 _SHARED_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _SCORED_TOKENS = 8
+_PROBE_PIXELS = 96
 BLIND_GAP = 1e-6
 """Nats: a teacher whose log-probs all stay within this when its image is another one does not see images."""
 
@@ -54,23 +57,46 @@ class Teacher:
 
         return self._copy.run(compute)
 
-    def check_sight(self, sequence: TrainSequence[Any], blind: TrainSequence[Any], *, chat: Chat, distribution: Distribution) -> float:
-        """Returns the largest log-prob difference, nats, between a row and the same row about another image of the same size.
+    def states_of(
+        self, batches: Sequence[Batch[Any]], distribution: Distribution, student_ids: Sequence[Tensor] | None = None
+    ) -> list[ReferenceStates]:
+        """Returns `states` of each batch; the student's ids are of no use to it, as its whole distribution is there."""
+        return [self.states(batch, distribution) for batch in batches]
 
-        Raises `TeacherError` where it is not above `BLIND_GAP`: the images do not reach the teacher.
+
+class ScoringTeacher(Protocol):
+    """What the stage needs of a teacher, in this process or behind a server."""
+
+    name: str
+    tasks: tuple[str, ...]
+
+    def states_of(
+        self, batches: Sequence[Batch[Any]], distribution: Distribution, student_ids: Sequence[Tensor] | None = None
+    ) -> Sequence[ReferenceStates | SparseStates]:
+        """Returns what it says of each batch's targets; `student_ids`, [N, k] a batch, are the student's most likely ids where the
+        support has them.
         """
-        seen = [
-            self.states(batch, distribution).logprobs
-            for row in (sequence, blind)
-            for batch in pack(weigh([[row]], "token"), media=chat, token_budget=len(row.token_ids))
-        ]
-        gap = (seen[0] - seen[1]).abs().max().item()
-        if not gap > BLIND_GAP:
-            raise TeacherError(
-                f"teacher {self.name}: its log-probs in {sequence.place} stay the same (to {gap:.1e} nats) when the image is another one: "
-                "it does not see images. Take a teacher that does, or train on text (distill.prompts: text)"
-            )
-        return gap
+        ...
+
+
+def check_sight(
+    teacher: ScoringTeacher, sequence: TrainSequence[Any], blind: TrainSequence[Any], *, chat: Chat, distribution: Distribution
+) -> float:
+    """Returns the largest log-prob difference, nats, between a row and the same row about another image of the same size.
+
+    Raises `TeacherError` where it is not above `BLIND_GAP`: the images do not reach the teacher.
+    """
+    seen = [
+        teacher.states_of(pack(weigh([[row]], "token"), media=chat, token_budget=len(row.token_ids)), distribution)[0].logprobs
+        for row in (sequence, blind)
+    ]
+    gap = (seen[0] - seen[1]).abs().max().item()
+    if not gap > BLIND_GAP:
+        raise TeacherError(
+            f"teacher {teacher.name}: its log-probs in {sequence.place} stay the same (to {gap:.1e} nats) when the image is another one: "
+            "it does not see images. Take a teacher that does, or train on text (distill.prompts: text)"
+        )
+    return gap
 
 
 def sight_rows(example: Example, chat: Chat) -> tuple[TrainSequence[None], TrainSequence[None]]:
@@ -105,14 +131,31 @@ def check_same_language(student: Chat, teacher: Chat, *, name: str) -> None:
 
 def check_same_images(student: PreTrainedModel, teacher: PreTrainedModel, *, name: str) -> None:
     """Raises `TeacherError` unless both models cut images into the same patches and mark them by the same ids."""
+    check_same_patches(student.config, teacher.config, name=name)
+
+
+def check_same_patches(student: PreTrainedConfig, teacher: PreTrainedConfig, *, name: str) -> None:
+    """Raises `TeacherError` unless models of both settings cut images into the same patches and mark them by the same ids."""
     for where, fields in (("vision_config", _SHARED_VISION_FIELDS), ("config", _SHARED_IDS)):
-        ours, theirs = (model.config if where == "config" else model.config.vision_config for model in (student, teacher))
+        ours, theirs = (config if where == "config" else getattr(config, where) for config in (student, teacher))
         for field in fields:
             if getattr(ours, field) != getattr(theirs, field):
                 raise TeacherError(
                     f"teacher {name}: {where}.{field} = {getattr(theirs, field)} and the student's is {getattr(ours, field)}: it "
                     "would read the student's image patches as something else. Take a teacher of the same family"
                 )
+
+
+def check_same_pixels(student: Chat, teacher: Chat, *, name: str) -> None:
+    """Raises `TeacherError` unless both processors turn an image into the same numbers: a server uses the teacher's own."""
+    ramp = bytes(index * 7 % 256 for index in range(3 * _PROBE_PIXELS**2))
+    part = ImagePart.from_image(Image.frombytes("RGB", (_PROBE_PIXELS, _PROBE_PIXELS), ramp))
+    ours, theirs = (chat.processed(part) for chat in (student, teacher))
+    if ours.grid != theirs.grid or not torch.equal(ours.pixel_values, theirs.pixel_values):
+        raise TeacherError(
+            f"teacher {name}: its image processor makes other numbers of an image than the student's (size, mean or deviation differ): a "
+            "server would show it another picture. Take a teacher of the same family, or one in this process (model, not serve)"
+        )
 
 
 def check_text_only(places: Sequence[tuple[str, bool]]) -> None:

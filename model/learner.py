@@ -17,12 +17,12 @@ from .divergence import token_kl
 from .experts import Routing, count_routed, has_experts, record_routing, router_balance_loss
 from .layout import Ranks, build_accelerator, full_tensor, is_sharded, machine_dtype, reshard, shard, shard_like
 from .loading import freeze, hub_weights, part_of
-from .logprobs import token_logprobs
+from .logprobs import support_logprobs, token_logprobs, top_ids
 from .lora import add_adapter
 from .metrics import Metric, maximum, total
 from .packing import Batch, empty_batch
 from .records import VlpostError
-from .reference import AdapterOff, FrozenCopy, ReferenceStates
+from .reference import AdapterOff, FrozenCopy, ReferenceStates, SparseStates
 from .training_state import load_optimizer_tensors, optimizer_tensors
 from .vision import VisionPass, vision_pass
 
@@ -38,7 +38,8 @@ class TokenLogprobs:
     entropy: Tensor
     """[N] nats, fp32, without gradient"""
     divergence: Tensor | None
-    """[N] nats, fp32: over the whole vocabulary, from the reference or teacher that was handed in; `token_kl` unless told otherwise"""
+    """[N] nats, fp32: over the whole vocabulary, from the reference or teacher that was handed in, `token_kl` unless told otherwise; or
+    over the ids and the tail of a `SparseStates`"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +55,8 @@ FULL_DISTRIBUTION = Distribution(temperature=1.0, allowed=None)
 """The model's own distribution: what supervised losses are about."""
 
 TokenDivergence = Callable[..., Tensor]
-"""`token_kl`, `token_forward_kl` or `token_jsd` with its beta: takes hidden states and head of policy and reference, returns [N] nats."""
+"""`token_kl`, `token_forward_kl` or `token_jsd` with its beta: takes hidden states and head of policy and reference, returns [N] nats.
+For a `SparseStates` it takes log-probs [N, K] of policy and teacher and `known`."""
 
 TokenLoss = Callable[[TokenLogprobs], Tensor]
 """Maps the outputs for a batch's N targets to the loss [N] of each."""
@@ -78,12 +80,14 @@ def batch_logprobs(
     distribution: Distribution,
     *,
     vision: VisionPass,
-    reference: ReferenceStates | None = None,
+    reference: ReferenceStates | SparseStates | None = None,
     divergence: TokenDivergence = token_kl,
 ) -> TokenLogprobs:
     """Returns what the model says of the batch's targets, in one forward over its unique tokens."""
     hidden = target_states(model, batch, vision=vision)
     head = head_of(model)
+    if isinstance(reference, SparseStates):
+        return _sparse_logprobs(hidden, head, batch, distribution, reference, divergence)
     logprobs, entropy = token_logprobs(
         hidden, head, token_ids=batch.target_ids, allowed=distribution.allowed, temperature=distribution.temperature
     )
@@ -100,6 +104,22 @@ def batch_logprobs(
             temperature=distribution.temperature,
         )
     return TokenLogprobs(logprobs=logprobs, entropy=entropy, divergence=found)
+
+
+def _sparse_logprobs(
+    hidden: Tensor, head: Tensor, batch: Batch[Any], distribution: Distribution, teacher: SparseStates, divergence: TokenDivergence
+) -> TokenLogprobs:
+    """Returns the outputs with the divergence over the teacher's support; one pass over the vocabulary for targets and support."""
+    device = hidden.device
+    logprobs, entropy = support_logprobs(
+        hidden,
+        head,
+        token_ids=torch.cat([batch.target_ids[:, None], teacher.support_ids.to(device)], dim=-1),
+        allowed=distribution.allowed,
+        temperature=distribution.temperature,
+    )
+    found = divergence(logprobs[:, 1:], teacher.support_logprobs.to(device), known=teacher.known.to(device)).to(logprobs.dtype)
+    return TokenLogprobs(logprobs=logprobs[:, 0], entropy=entropy, divergence=found)
 
 
 def _first(allowed: Tensor | None, *, rows: int, of: int) -> Tensor | None:
@@ -227,6 +247,17 @@ class Learner:
         with torch.no_grad():
             return self.run(self._outputs_of(batch, distribution))
 
+    def top_ids(self, batch: Batch[Any], distribution: Distribution, *, k: int) -> Tensor:
+        """Returns the policy's k most likely ids at each of the batch's targets, [N, k], most likely first, without a gradient."""
+        on_device = batch.to(self.accelerator.device)
+
+        def compute(model: PreTrainedModel) -> Tensor:
+            hidden = target_states(model, on_device, vision=self._vision(model.model, batch, on_device))
+            return top_ids(hidden, head_of(model), k=k, allowed=distribution.allowed)
+
+        with torch.no_grad():
+            return self.run(compute)
+
     def reference_states(self, batch: Batch[Any], distribution: Distribution) -> ReferenceStates:
         """Returns what the reference says of the batch's targets; a frozen tower's features are shared with the policy."""
         assert self._reference is not None, "a learner without an adapter needs a reference model"
@@ -248,7 +279,7 @@ class Learner:
         batches: Sequence[Batch[Any]],
         distribution: Distribution,
         losses: Sequence[TokenLoss],
-        references: Sequence[ReferenceStates | None] | None = None,
+        references: Sequence[ReferenceStates | SparseStates | None] | None = None,
         divergence: TokenDivergence = token_kl,
     ) -> dict[str, Metric]:
         """Does one optimizer update and returns `loss`, of which each rank has a part, and what `optim_step` returns.
@@ -277,7 +308,7 @@ class Learner:
         distribution: Distribution,
         loss: TokenLoss,
         *,
-        reference: ReferenceStates | None = None,
+        reference: ReferenceStates | SparseStates | None = None,
         divergence: TokenDivergence = token_kl,
         is_last: bool = True,
     ) -> float:
@@ -374,7 +405,7 @@ class Learner:
         self,
         batch: Batch[Any],
         distribution: Distribution,
-        reference: ReferenceStates | None = None,
+        reference: ReferenceStates | SparseStates | None = None,
         divergence: TokenDivergence = token_kl,
     ) -> Callable[[PreTrainedModel], TokenLogprobs]:
         on_device = batch.to(self.accelerator.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .config import LearnerConfig
 from .layout import is_sharded, shard
 from .lora import adapter_off
+from .metrics import Metric
 
 Result = TypeVar("Result")
 
@@ -28,6 +29,22 @@ class ReferenceStates:
     """[N, H] the states that predict them"""
     head: Tensor | None
     """[V, H]; None: the policy's own, which an adapter leaves as it is"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseStates:
+    """What a teacher says of a batch's targets where its whole distribution is not there; no gradients."""
+
+    logprobs: Tensor
+    """[N] nats, fp32, of the targets"""
+    support_ids: Tensor
+    """[N, K] int64; each id that is `known` once at a position"""
+    support_logprobs: Tensor
+    """[N, K] nats, fp32, over all ids that may be drawn and not over the K"""
+    known: Tensor
+    """[N, K] bool: false where an entry only fills the row"""
+    metrics: Mapping[str, Metric]
+    """How much of the distribution is outside of the support, and why."""
 
 
 class AdapterOff:

@@ -82,6 +82,10 @@ class Workshop:
         """Returns the processor's view of messages for the model that a recipe names, without its weights."""
         return Chat(load_processor(self._source(config, seed)))
 
+    def source(self, config: ModelConfig, *, seed: int) -> str:
+        """Returns the folder or hub name of the model that a recipe names; a nano is built on first use."""
+        return str(self._source(config, seed))
+
     def load_again(self, loaded: LoadedModel, *, dtype: DType) -> PreTrainedModel:
         """Returns the same weights a second time: the reference that a policy is held to."""
         return load_model(loaded.folder, dtype=machine_dtype(dtype))
@@ -120,6 +124,11 @@ class Workshop:
             partial.rename(folder)
         self.ranks.wait()
         return folder
+
+    def close_engine(self) -> None:
+        """Ends the engine that stages share, for others that need its memory."""
+        self._open.close()
+        self._engine = None
 
     def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: DType, lora: LoraConfig | None = None) -> VllmSampler:
         """Returns an engine for models of this architecture; its weights are whatever was published last: publish before use.

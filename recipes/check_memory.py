@@ -22,7 +22,16 @@ from ..model.memory import (
 )
 from ..model.records import VlpostError
 from .load import LoadedRecipe
-from .schema import EvaluateRecipe, ModelConfig, OnPolicyDistillRecipe, RlRecipe, RolloutStageConfig, StageRecipe, TrainingRecipe
+from .schema import (
+    EvaluateRecipe,
+    ModelConfig,
+    OffPolicyDistillRecipe,
+    OnPolicyDistillRecipe,
+    RlRecipe,
+    RolloutStageConfig,
+    StageRecipe,
+    TrainingRecipe,
+)
 
 IMAGE_FRAC = 0.5
 """Share of the token budget that is taken to be images where the recipe does not say; refusals count none."""
@@ -88,6 +97,9 @@ def check_memory(loaded: LoadedRecipe, devices: Devices) -> Iterator[str]:
     for name, stage in loaded.stages:
         if isinstance(stage, EvaluateRecipe):
             continue
+        if isinstance(stage, OffPolicyDistillRecipe):  # its teachers come and go before it trains
+            yield from _answering_teachers(name, stage, stages, devices)
+            stage = stage.as_sft()
         shape = _shape(stage.model, stages)
         taught_by = _teacher_shapes(stage, stages)
         teachers = [known for known in taught_by.values() if known is not None]
@@ -120,9 +132,42 @@ def _shape(model: ModelConfig, stages: Mapping[str, StageRecipe]) -> ModelShape 
 
 
 def _teacher_shapes(stage: TrainingRecipe, stages: Mapping[str, StageRecipe]) -> dict[str, ModelShape | None]:
-    """Returns the shapes of a distillation's teachers by name, None where one is not known."""
+    """Returns the shapes of a distillation's teachers in this process by name, None where one is not known; a server has its own memory."""
     teachers = stage.teachers if isinstance(stage, OnPolicyDistillRecipe) else {}
-    return {name: _shape(teacher.model, stages) for name, teacher in teachers.items()}
+    return {name: _shape(teacher.model, stages) for name, teacher in teachers.items() if teacher.model is not None}
+
+
+def _answering_teachers(name: str, stage: OffPolicyDistillRecipe, stages: Mapping[str, StageRecipe], devices: Devices) -> Iterator[str]:
+    """Yields a line for each teacher of off-policy distillation; raises where its weights do not fit what it gets.
+
+    Its engine, on the first device, has them whole; for soft labels they lie as the student's layout says, with nothing beside them.
+    """
+    for teacher, config in stage.teachers.items():
+        shape = _shape(config.model, stages)
+        if shape is None:
+            yield f"{name}: memory: teacher {teacher} is not counted, its shape is not known; name a folder that holds it"
+            continue
+        sampler = config.sampler or stage.sampler
+        is_half = config.dtype == "bfloat16" or (config.dtype == "auto" and devices.kind == "cuda")
+        count = count_parameters(shape).total
+        weights = (2 if is_half else 4) * count
+        given = int(sampler.gpu_memory_utilization * devices.device_bytes)
+        key = f"sampler.gpu_memory_utilization = {sampler.gpu_memory_utilization}"
+        if devices.kind == "cpu":
+            given, key = devices.device_bytes - sampler.kv_cache_gib * GIB, f"sampler.kv_cache_gib = {sampler.kv_cache_gib}"
+        if weights >= given:
+            raise MemoryShortageError(
+                f"{name}: teacher {teacher}: {key} leaves its engine {_gib(max(0, given))} GiB, its weights take {_gib(weights)}; "
+                "change it, use larger devices or a smaller teacher"
+            )
+        shards = devices.count if stage.learner.layout == "fsdp2" else 1
+        read = compute_bytes_of(stage.learner, devices.kind) * count // shards
+        if stage.soft_labels is not None and read >= devices.device_bytes:
+            raise MemoryShortageError(
+                f"{name}: teacher {teacher}: soft_labels load {_gib(read)} GiB of its weights on each of {devices.count} devices of "
+                f"{_gib(devices.device_bytes)} GiB; use more or larger devices, or leave soft_labels out"
+            )
+        yield f"{name}: memory: teacher {teacher}: weights {_gib(weights)} of {_gib(given)} GiB of its engine, before the student trains"
 
 
 def _estimate(

@@ -15,11 +15,22 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..model.records import VlpostError
 from .curate_config import CurateRecipe
-from .schema import ChainRecipe, EvaluateRecipe, OnPolicyDistillRecipe, Recipe, RlRecipe, SftRecipe, StageRecipe
+from .schema import (
+    ChainRecipe,
+    EvaluateRecipe,
+    OffPolicyDistillRecipe,
+    OnPolicyDistillRecipe,
+    Recipe,
+    RlRecipe,
+    SftRecipe,
+    StageRecipe,
+    models_of,
+)
 
 _STAGE_CLASSES: dict[str, type[BaseModel]] = {
     "sft": SftRecipe,
     "rl": RlRecipe,
+    "off_policy_distill": OffPolicyDistillRecipe,
     "on_policy_distill": OnPolicyDistillRecipe,
     "evaluate": EvaluateRecipe,
 }
@@ -83,8 +94,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         recipe = TypeAdapter(_ROOT).validate_python(values)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(path, problem, values) for problem in error.errors())) from error
-    if not isinstance(recipe, ChainRecipe | CurateRecipe) and recipe.model.stage is not None:
-        raise RecipeError(f"{path}: model.stage = {recipe.model.stage!r}: only a stage of a chain has an earlier stage; give model.path")
+    if not isinstance(recipe, ChainRecipe | CurateRecipe):
+        for key, model in models_of(recipe).items():
+            if model.stage is not None:
+                raise RecipeError(f"{path}: {key}.stage = {model.stage!r}: only a stage of a chain has an earlier stage; give {key}.path")
     return LoadedRecipe(path=path, recipe=recipe, origins=origins)
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from ..model.config import ENGINE_ENVIRONMENT
 from ..model.records import VlpostError
 from .curate_config import CurateRecipe
+from .data_config import JsonlData, ParquetData
 from .example_stream import read_rows
 from .load import load_recipe
 from .reward_commands import add_commands, refuse_faults
-from .schema import EvaluateRecipe, JsonlData, ParquetData, SftRecipe, StageRecipe
+from .schema import EvaluateRecipe, OffPolicyDistillRecipe, StageRecipe
 from .sft_phases import leaves, training_data
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--engine", action="store_true", help="start the engine and compare it with the learner on the start model")
             sub.add_argument("--devices", type=int, metavar="N", help="estimate memory for N devices instead of this machine's")
             sub.add_argument("--device-memory", type=float, metavar="GIB", help="estimate memory for GPUs of so many GiB each")
+            sub.add_argument(
+                "--lengths", type=int, metavar="N", help="encode the first N rows of each SFT phase: tokens, too long, packing"
+            )
         if name == "show":
             sub.add_argument(
                 "--example", type=int, metavar="N", help="print training example number N (from 0): trained tokens, images, positions"
@@ -116,6 +120,8 @@ def _check(parsed: argparse.Namespace) -> int:
     if isinstance(loaded.recipe, CurateRecipe):
         from .curate import check_curate
 
+        if parsed.lengths is not None:
+            raise VlpostError(f"--lengths {parsed.lengths}: measures the rows of SFT stages, and this recipe makes rows; leave it out")
         lines = check_curate(loaded.recipe, recipe_folder=parsed.recipe.resolve().parent, allow_code=parsed.allow_code)
         _print_lines([*lines, f"{parsed.recipe}: fine"])
         return 0
@@ -128,7 +134,17 @@ def _check(parsed: argparse.Namespace) -> int:
         manager = RewardManager(stage.rewards, recipe_folder=recipe_folder, allow_code=parsed.allow_code)
         lines += [f"{name}: reward {line}" for line in manager.describe()]
         lines += [f"{name}: {line}" for line in _check_rows(stage, manager, recipe_folder=recipe_folder, allow_code=parsed.allow_code)]
+        if isinstance(stage, OffPolicyDistillRecipe):
+            from .off_policy_check import check_off_policy
+
+            found = check_off_policy(stage, recipe_folder=recipe_folder, allow_code=parsed.allow_code)
+            lines += [f"{name}: {line}" for line in found]
     lines += check_memory(loaded, find_devices(count=parsed.devices, device_gib=parsed.device_memory))
+    if parsed.lengths is not None:
+        set_environment()
+        from .row_lengths import length_lines
+
+        lines += length_lines(loaded, parsed.lengths)
     _print_lines([*lines, f"{parsed.recipe}: fine"])
     if parsed.engine:
         set_environment()
@@ -143,13 +159,15 @@ def _check_rows(stage: StageRecipe, manager: RewardManager, *, recipe_folder: Pa
     from ..rewards.lint import lint_rewards
 
     validation = None if isinstance(stage, EvaluateRecipe) else stage.validation
-    sources = [(key, source, isinstance(stage, SftRecipe)) for key, source in training_data(stage)]
+    # The prompts of off-policy distillation are judged by its filters, not by these rewards.
+    trained = () if isinstance(stage, OffPolicyDistillRecipe) else training_data(stage)
+    sources = list(trained)
     sources += [(key, source, False) for key, source in (leaves("validation.data", validation.data) if validation else ())]
-    for key, source, is_sft in sources:
+    for key, source, has_solution in sources:
         if not isinstance(source, JsonlData | ParquetData):
             continue
-        rows = read_rows(source, with_solution=is_sft)
-        if not is_sft:
+        rows = read_rows(source, with_solution=has_solution)
+        if not has_solution:
             manager.check_examples(rows)
             report = lint_rewards(stage.rewards, rows, recipe_folder=recipe_folder, allow_code=allow_code)
             refuse_faults(report, place=f"{key} {source.path}")

@@ -22,8 +22,8 @@ from .interrupt import Interrupt, StopRequestedError
 from .load import LoadedRecipe
 from .report import draw_curves
 from .run_log import EVENTS_FILE, RunLog
-from .schema import EvaluateRecipe, RolloutStageConfig, StageRecipe
-from .stages import RunOptions, run_evaluation, run_training
+from .schema import EvaluateRecipe, OffPolicyDistillRecipe, RolloutStageConfig, StageRecipe
+from .stages import RunOptions, run_evaluation, run_off_policy, run_training
 from .training import ResumeError, phase_of
 from .watchdog import Watchdog
 
@@ -114,6 +114,8 @@ def _run_stage(
     if isinstance(stage, EvaluateRecipe):
         measured = run_evaluation(stage, workshop=workshop, options=options, log=log, watchdog=watchdog)
         console.print(f"{phase_of(stage)}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
+    elif isinstance(stage, OffPolicyDistillRecipe):
+        export = run_off_policy(stage, workshop=workshop, options=options, log=log, interrupt=interrupt, watchdog=watchdog)
     else:
         export = run_training(stage, workshop=workshop, options=options, log=log, interrupt=interrupt, watchdog=watchdog)
     if workshop.ranks.is_first:

@@ -1,6 +1,7 @@
 """What a recipe may say. No torch: `vlpost check` answers in well under a second.
 
-A recipe is one stage (`method: sft | rl | on_policy_distill | evaluate`) or a chain of them (`method: chain`). Unknown keys are errors.
+A recipe is one stage (`method: sft | off_policy_distill | on_policy_distill | rl | evaluate`) or a chain of them (`method: chain`).
+Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -10,18 +11,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..distill.config import OnPolicyDistillConfig
+from ..distill.config import OnPolicyDistillConfig, RequestsConfig, ServerConfig, SoftLabelsConfig
 from ..model.config import DType, LearnerConfig, NanoConfig, ParityConfig, SamplerConfig, Settings
 from ..rewards.config import RewardsConfig
 from ..rl.config import RlConfig
 from ..sft.config import SftConfig, TooLong
-
-Split = Literal["train", "validation", "test"]
-TaskKind = Literal[
-    "read", "add", "count", "compare", "arithmetic", "find", "video", "multi_image", "multi_turn", "page", "sum2", "sum2_steps", "blind"
-]
-Language = Literal["en", "zh"]
-RowFormat = Literal["messages", "sharegpt", "alpaca"]
+from .curate_config import CurateRecipe, GenerateConfig, PlainName, SplitConfig, StepConfig
+from .curate_engine_config import CandidateModel
+from .data_config import CuratedData, DataConfig
 
 
 class ModelConfig(Settings):
@@ -48,108 +45,6 @@ class ModelConfig(Settings):
         if value is not None and "/" not in value:
             raise ValueError(f"{value!r} is neither a hub name (org/name) nor a path: write ./{value} for a folder here")
         return value
-
-
-class HandwritingData(Settings):
-    """The bundled track: questions about real handwritten digits."""
-
-    use: Literal["handwriting"]
-    split: Split = "train"
-    tasks: dict[TaskKind, Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    """Task kind -> share; shares are relative, and constant in every window of examples that are not shuffled (no `num_examples`)."""
-    languages: tuple[Language, ...] = Field(default=("en", "zh"), min_length=1)
-    num_examples: int | None = Field(default=None, ge=1)
-    """Distinct examples, repeated in a new order every epoch; absent: never repeated."""
-    seed: int = 0
-    """Which examples: independent of the run's seed, so that runs with several seeds are judged on the same rows."""
-
-
-class RowSettings(Settings):
-    """How the rows of a data set are read, whatever file they come from."""
-
-    source: str = ""
-    """Name of the data set in logs; empty: the file's or the hub set's name."""
-    format: RowFormat = "messages"
-    """`messages`: {id, messages: [{role, content}], answer, task, metadata, tools}, as OpenAI and Qwen write them; `sharegpt`:
-    {conversations: [{from, value}]} with `<image>` tags; `alpaca`: {instruction, input, output, history}."""
-    bad_rows: Literal["refuse", "drop"] = "refuse"
-    """What becomes of a row that cannot be used: an error that ends the run before it starts, or it is left out, counted and listed."""
-    extra_keys: Literal["refuse", "metadata"] = "refuse"
-    """Keys of a row that its format does not know: a fault, or kept under metadata as they are."""
-    video_fps: float = Field(default=2.0, gt=0, le=60)
-    """Frames a second taken from a video file; 2 is the default of Qwen3-VL's processor."""
-    max_video_frames: int = Field(default=768, ge=1, le=4096)
-    """Frames of one video; a longer file is taken at fewer a second. 768 is the default of Qwen3-VL's processor."""
-    clock_times_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of rows whose video times are written h:mm:ss, `<0:00:03>`, not `<3.0 seconds>`; which ones is a function of the row's id.
-    Qwen3-VL trains on both forms (arXiv:2511.21631, 2) and gives no share; 0 is our choice, as the engine writes seconds only. SFT only."""
-
-
-class JsonlData(RowSettings):
-    """Rows in a JSON-lines file, or in every .jsonl file below a folder; media are paths relative to their file, or data URLs."""
-
-    use: Literal["jsonl"]
-    path: Path
-
-
-class ParquetData(RowSettings):
-    """Rows in a parquet file, or in every .parquet file below a folder; media are paths relative to their file, bytes, or data URLs."""
-
-    use: Literal["parquet"]
-    path: Path
-
-
-class HubData(RowSettings):
-    """Rows of a data set on the Hugging Face hub, read by `datasets`; media are bytes in its columns."""
-
-    use: Literal["hub"]
-    path: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """org/name."""
-    split: str = "train"
-    subset: str | None = None
-    """The configuration of the data set; absent: its only one."""
-    revision: str | None = None
-    """Branch, tag or commit; give a commit to train on the same rows tomorrow."""
-    streaming: bool = False
-    """Rows are fetched as they are needed, in their order, from the start again after the last; else all are read at the start and
-    shuffled every epoch."""
-
-
-class CuratedData(Settings):
-    """A data set that `vlpost curate` wrote."""
-
-    use: Literal["curated"]
-    path: Path
-    """The run folder of the curate recipe."""
-    split: str = "train"
-    """One of its splits; without a `split` step all rows are in `train`."""
-
-
-class MixPart(Settings):
-    """One data set of a mix."""
-
-    share: float = Field(gt=0)
-    """Relative to the other parts'."""
-    data: DataConfig
-
-
-class MixData(Settings):
-    """Several data sets in exact shares: after any number of examples each part has given its share of them, to within one example.
-
-    A step whose number of examples times the share is a whole number therefore gets exactly that many, whatever the step. Ids get the
-    part's name in front (`text/row-17`), so that no two parts share one.
-    """
-
-    use: Literal["mix"]
-    parts: dict[Annotated[str, Field(min_length=1)], MixPart] = Field(min_length=1)
-    """Name -> share and data; a smaller part comes round sooner, each time in a new order."""
-    text_only_share: float | None = Field(default=None, gt=0, lt=1)
-    """Share of examples without image or video in every step, exact as the shares of parts are; absent: as the parts have it. Among
-    text-only rows, and among the others, parts keep the shares that their rows of that kind have. Needs data sets with an end."""
-
-
-DataConfig = Annotated[HandwritingData | JsonlData | ParquetData | HubData | CuratedData | MixData, Field(discriminator="use")]
-MixPart.model_rebuild()
 
 
 class EvaluateConfig(Settings):
@@ -445,12 +340,53 @@ class RlRecipe(RolloutStageConfig):
         return self.rl
 
 
-class TeacherConfig(Settings):
-    """A model that is distilled, in this process, laid out over devices as the student is."""
+class TeacherServeConfig(ServerConfig):
+    """A teacher that the run serves itself: `{model: {path: org/name}, devices: "6,7"}`."""
 
     model: ModelConfig
+
+
+class TeacherConfig(Settings):
+    """A model that is distilled: exactly one of `model`, `serve` and `url`."""
+
+    model: ModelConfig | None = None
+    """In this process, laid out over devices as the student is."""
+    serve: TeacherServeConfig | None = None
+    """In a vLLM server that the run starts, on loopback, and stops with itself."""
+    url: str | None = Field(default=None, pattern=r"^https?://[^/@?#]+$")
+    """A vLLM server that is there, as `http://127.0.0.1:8123`, started with --enable-scale-out: token ids and images go to it."""
+    served_as: str | None = None
+    """Of `url`: the name that the server gives to the model."""
+    api_key_env: str | None = None
+    """Of `url`: the environment variable that holds the key; absent: the server wants none."""
+    requests: RequestsConfig = RequestsConfig()
+    """Of `serve` and `url`."""
     tasks: tuple[str, ...] = ()
     """Tasks whose rows it teaches; none: those that no other teacher names."""
+
+    @model_validator(mode="after")
+    def _exactly_one_place(self) -> TeacherConfig:
+        given = [name for name in ("model", "serve", "url") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a teacher names {' and '.join(given) or 'nothing'}: give exactly one of model, serve, url")
+        if self.url is not None and self.served_as is None:
+            raise ValueError(f"url = {self.url!r} needs served_as, the name that the server gives to the model (--served-model-name)")
+        idle = {"served_as": self.url, "api_key_env": self.url, "requests": self.url or self.serve}
+        for name, place in idle.items():
+            if name in self.model_fields_set and place is None:
+                where = "url or serve" if name == "requests" else "url"
+                raise ValueError(f"{name} is of a teacher with {where}, this one has {given[0]}: take it out")
+        return self
+
+    @property
+    def is_served(self) -> bool:
+        """True where a server scores."""
+        return self.model is None
+
+    @property
+    def source(self) -> ModelConfig | None:
+        """The weights that the run loads or serves; None behind a `url`."""
+        return self.serve.model if self.serve is not None else self.model
 
 
 class OnPolicyDistillRecipe(RolloutStageConfig):
@@ -458,8 +394,10 @@ class OnPolicyDistillRecipe(RolloutStageConfig):
 
     method: Literal["on_policy_distill"]
     distill: OnPolicyDistillConfig
-    teachers: dict[Annotated[str, Field(min_length=1)], TeacherConfig] = Field(min_length=1)
+    teachers: dict[PlainName, TeacherConfig] = Field(min_length=1)
     """Name in messages -> teacher."""
+    off_policy_data: DataConfig | None = None
+    """Conversations, as for supervised fine-tuning, of which every step takes `distill.off_policy_rows`."""
     alarms: tuple[AlarmConfig, ...] = DISTILL_ALARMS
 
     @property
@@ -478,6 +416,36 @@ class OnPolicyDistillRecipe(RolloutStageConfig):
         return self
 
     @model_validator(mode="after")
+    def _served_teachers_can_score(self) -> OnPolicyDistillRecipe:
+        for name, teacher in self.teachers.items():
+            if not teacher.is_served:
+                continue
+            if self.distill.support.name == "exact":
+                raise ValueError(
+                    f"teachers.{name} is served, and distill.support is exact: a server tells a few log-probs at each token, not the whole "
+                    "distribution. Write distill: {support: {name: top_k}}, or load the teacher in this process (model, not serve or url)"
+                )
+            if self.sampler.temperature != 1.0:
+                raise ValueError(
+                    f"sampler.temperature = {self.sampler.temperature} with the served teacher {name}: must be 1, an engine applies no "
+                    "temperature to the log-probs of given tokens and the KL would be of two different distributions"
+                )
+            wait_s, limit_s = teacher.requests.max_wait_s, self.watchdog.reward_s
+            if limit_s is not None and limit_s <= wait_s:
+                raise ValueError(
+                    f"teachers.{name}.requests.max_wait_s = {wait_s:g} and watchdog.reward_s = {limit_s:g}: the watchdog would take a step "
+                    "that waits for its teacher for a hang; raise the latter"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _off_policy_rows_are_there(self) -> OnPolicyDistillRecipe:
+        if (self.off_policy_data is None) != (self.distill.off_policy_rows == 0):
+            given, other = ("off_policy_data", "distill.off_policy_rows")[:: -1 if self.off_policy_data is None else 1]
+            raise ValueError(f"{given} needs {other}: the one says which conversations, the other how many in each step")
+        return self
+
+    @model_validator(mode="after")
     def _each_task_has_one_teacher(self) -> OnPolicyDistillRecipe:
         seen: dict[str, str] = {}
         for name, teacher in self.teachers.items():
@@ -487,6 +455,97 @@ class OnPolicyDistillRecipe(RolloutStageConfig):
                     raise ValueError(f"teachers {seen[task]!r} and {name!r} both teach {what}: give each its own tasks")
                 seen[task] = name
         return self
+
+
+class ResponseTeacherConfig(Settings):
+    """A model whose responses are learned."""
+
+    model: ModelConfig
+    num_candidates: int = Field(default=4, ge=1)
+    """Responses to each prompt. The reports give no number; our choice."""
+    sampler: SamplerConfig | None = None
+    """How it draws; absent: as the recipe's sampler."""
+    dtype: DType = "auto"
+    """Of its weights and arithmetic in the engine."""
+    thinking: bool | None = None
+    """Whether its chat template must open a think block in the prompt; another one is refused. Absent: whatever it does."""
+
+    @field_validator("model")
+    @classmethod
+    def _has_learned_something(cls, model: ModelConfig) -> ModelConfig:
+        if model.nano is not None:
+            raise ValueError("a nano starts from random weights, there is nothing to learn from it: name a path, or a stage")
+        return model
+
+
+class OffPolicyDistillRecipe(TrainStageConfig):
+    """Off-policy distillation: teachers answer the prompts, what passes the filters is learned by supervised fine-tuning."""
+
+    method: Literal["off_policy_distill"]
+    data: DataConfig
+    """The prompts, each of which is answered once by every teacher: a data set with an end."""
+    teachers: dict[PlainName, ResponseTeacherConfig] = Field(min_length=1)
+    """By the name that their responses bear; one after another is in memory."""
+    filters: dict[PlainName, StepConfig] = Field(default_factory=dict)
+    """Steps of `vlpost curate` by a name of your choice, run in this order on the responses."""
+    max_per_prompt: int | None = Field(default=None, ge=1)
+    """The first so many responses to a prompt that pass, in the order of the teachers. Absent: all of them."""
+    shard_rows: int = Field(default=1000, ge=1)
+    """Prompts that a teacher or a filter finishes at once: what a killed run loses at most."""
+    sft: SftConfig
+    soft_labels: SoftLabelsConfig | None = None
+    """Absent: the responses alone are learned, as in the reports."""
+    alarms: tuple[AlarmConfig, ...] = SFT_ALARMS
+
+    @field_validator("filters")
+    @classmethod
+    def _filters_filter(cls, filters: dict[str, StepConfig]) -> dict[str, StepConfig]:
+        for name, step in filters.items():
+            if isinstance(step, GenerateConfig | SplitConfig):
+                raise ValueError(f"filters.{name}: use = {step.use!r}: the teachers write, and all that is left is trained on")
+            if name == "generate":
+                raise ValueError("a filter is called 'generate': that is the name of the step in which teachers answer; choose another")
+        return filters
+
+    @model_validator(mode="after")
+    def _halves_are_whole(self) -> OffPolicyDistillRecipe:
+        self.as_sft()
+        self.as_curate({name: f"./{name}" for name in self.teachers})
+        return self
+
+    @property
+    def responses(self) -> Path:
+        """The run folder of the first half: prompts with the responses that passed."""
+        return self.output / "responses"
+
+    def as_curate(self, folders: dict[str, str]) -> CurateRecipe:
+        """Returns the first half as a recipe of `vlpost curate`; `folders` are those of the teachers, or their hub names."""
+        models = {
+            name: CandidateModel(
+                path=folders[name],
+                sampler=teacher.sampler or self.sampler,
+                dtype=teacher.dtype,
+                thinking=teacher.thinking,
+                num_candidates=teacher.num_candidates,
+            )
+            for name, teacher in self.teachers.items()
+        }
+        return CurateRecipe(
+            method="curate",
+            seed=self.seed,
+            output=self.responses,
+            data={"prompts": self.data},
+            shard_rows=self.shard_rows,
+            steps={"generate": GenerateConfig(use="generate", models=models), **self.filters},
+            write="conversations",
+            max_per_query=self.max_per_prompt,
+        )
+
+    def as_sft(self) -> SftRecipe:
+        """Returns the second half: supervised fine-tuning on what passed."""
+        shared = {name: getattr(self, name) for name in TrainStageConfig.model_fields}
+        shared["name"] = self.name or self.method
+        return SftRecipe(method="sft", sft=self.sft, data=CuratedData(use="curated", path=self.responses), **shared)
 
 
 class EvaluateRecipe(StageConfig):
@@ -500,8 +559,19 @@ class EvaluateRecipe(StageConfig):
 
 
 TrainingRecipe = SftRecipe | RlRecipe | OnPolicyDistillRecipe
-StageRecipe = TrainingRecipe | EvaluateRecipe
+StageRecipe = TrainingRecipe | OffPolicyDistillRecipe | EvaluateRecipe
 LeafRecipe = Annotated[StageRecipe, Field(discriminator="method")]
+
+
+def models_of(stage: StageRecipe) -> dict[str, ModelConfig]:
+    """Returns the models that a stage loads or serves, its teachers' too, by dotted key."""
+    models = {"model": stage.model}
+    if isinstance(stage, OffPolicyDistillRecipe):
+        models |= {f"teachers.{name}.model": teacher.model for name, teacher in stage.teachers.items()}
+    if isinstance(stage, OnPolicyDistillRecipe):
+        of_teachers = {f"{name}.serve.model" if of.serve else f"{name}.model": of.source for name, of in stage.teachers.items()}
+        models |= {f"teachers.{key}": model for key, model in of_teachers.items() if model is not None}
+    return models
 
 
 class ChainRecipe(Settings):
@@ -516,9 +586,7 @@ class ChainRecipe(Settings):
     def _stages_exist(self) -> ChainRecipe:
         earlier: list[str] = []
         for name, stage in self.stages.items():
-            models = {f"stages.{name}.model": stage.model}
-            if isinstance(stage, OnPolicyDistillRecipe):
-                models |= {f"stages.{name}.teachers.{teacher}.model": of.model for teacher, of in stage.teachers.items()}
+            models = {f"stages.{name}.{key}": model for key, model in models_of(stage).items()}
             for place, model in models.items():
                 wanted = model.stage
                 if wanted is not None and wanted not in earlier:

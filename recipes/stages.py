@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from accelerate.utils import set_seed
 
-from ..distill.teacher import Teacher, check_same_images, check_same_language, sight_rows
-from ..distill.train import OnPolicyDistillStage, teacher_of
+from ..distill.step_loss import DrawnTargets
+from ..distill.teacher import ScoringTeacher, Teacher, check_same_images, check_same_language, check_sight, sight_rows
+from ..distill.train import OnPolicyDistillStage, Row, teacher_of
 from ..model.checkpoint import CheckpointError, export_model, newest_checkpoint
 from ..model.learner import Learner
 from ..model.loading import hub_weights
 from ..model.lora import perturbed_adapter
 from ..model.parity import check_parity
-from ..model.records import Example, VlpostError
+from ..model.records import Example, TrainSequence, VlpostError
 from ..rewards.manager import RewardManager
-from ..rewards.result import ScoredGroup, UnjudgedRollout
+from ..rewards.result import ScoredGroup
 from ..rl.train import RlStage
 from ..sft.rows import RowNote
-from ..sft.train import SftStage
+from ..sft.train import SftStage, SoftTargets, supervised_sequences
 from .alarms import Alarms, reward_spread
 from .build import LoadedModel, Workshop
 from .evaluate import evaluate
 from .example_stream import ROW_LOG, fingerprint, open_stream
 from .faults import heed_alarms, heed_dropped_updates, save_for_good, save_or_go_on
 from .interrupt import Interrupt, StopRequestedError
+from .off_policy import make_responses, soft_targets
 from .roll_back import RollBacks
 from .run_log import RunLog
-from .schema import EvaluateRecipe, OnPolicyDistillRecipe, RlRecipe, RolloutStageConfig, SftRecipe, TrainingRecipe
+from .schema import EvaluateRecipe, OffPolicyDistillRecipe, OnPolicyDistillRecipe, RlRecipe, RolloutStageConfig, SftRecipe, TrainingRecipe
+from .served_teachers import TeacherOpening
 from .sft_phases import PhasePlan, dealt, examples_of_step, open_phases, plan_of_step, plan_phases
 from .training import Training, limit_s, phase_of
 from .watchdog import Watchdog
@@ -50,16 +55,50 @@ class RunOptions:
     allow_code: bool
 
 
-def run_training(
-    recipe: TrainingRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, interrupt: Interrupt, watchdog: Watchdog
+def run_off_policy(
+    recipe: OffPolicyDistillRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, interrupt: Interrupt, watchdog: Watchdog
 ) -> Path:
-    """Trains one stage and returns the folder of its export. Raises `StopRequestedError` after saving when Ctrl-C was pressed."""
+    """Has teachers answer, filters what they wrote, trains on it, and returns the folder of the export."""
+
+    def check_interrupt() -> None:  # on the first rank alone: no collective
+        if interrupt.requested:
+            raise StopRequestedError
+
+    make_responses(
+        recipe,
+        workshop=workshop,
+        recipe_folder=options.recipe_folder,
+        allow_code=options.allow_code,
+        log=log,
+        check_interrupt=check_interrupt,
+    )
+    interrupt.check()
+    chat = workshop.load_chat(recipe.model, seed=recipe.seed)
+    soft = soft_targets(recipe, workshop=workshop, chat=chat, log=log)
+    interrupt.check()
+    return run_training(recipe.as_sft(), workshop=workshop, options=options, log=log, interrupt=interrupt, watchdog=watchdog, soft=soft)
+
+
+def run_training(
+    recipe: TrainingRecipe,
+    *,
+    workshop: Workshop,
+    options: RunOptions,
+    log: RunLog,
+    interrupt: Interrupt,
+    watchdog: Watchdog,
+    soft: SoftTargets | None = None,
+) -> Path:
+    """Trains one stage and returns the folder of its export; `soft` is of supervised stages.
+
+    Raises `StopRequestedError` after saving when Ctrl-C was pressed.
+    """
     with ExitStack() as stack:
         with watchdog.phase("start", place=phase_of(recipe), limit_s=limit_s(recipe.watchdog, "start")):
             training = _build(recipe, stack, workshop=workshop, options=options, log=log, interrupt=interrupt, watchdog=watchdog)
             _start(training, options.resume)
         try:
-            _loop(training, _step_function(training))
+            _loop(training, _step_function(training, soft))
         except (StopRequestedError, VlpostError) as error:
             # A step that failed before its first update changed nothing: what was done until then is worth keeping.
             if training.is_between_steps:
@@ -87,6 +126,8 @@ def _build(
             stream, num_steps = open_phases(plans, seed=recipe.seed), sum(plan.num_steps for plan in plans)
         else:
             stream, num_steps = open_stream(recipe.data, seed=recipe.seed, with_solution=False), recipe.rounds.num_steps
+        off_policy = recipe.off_policy_data if isinstance(recipe, OnPolicyDistillRecipe) else None
+        off_policy_stream = None if off_policy is None else open_stream(off_policy, seed=recipe.seed, with_solution=True)
     loaded = workshop.load(recipe.model, dtype=recipe.learner.dtype, seed=recipe.seed)
     _check_shares(recipe, workshop.ranks.size)
     updates = num_steps if isinstance(recipe, SftRecipe) else num_steps * recipe.rounds.num_mini_batches
@@ -104,7 +145,12 @@ def _build(
     reference = workshop.load_again(loaded, dtype=recipe.learner.dtype) if needs_copy else None
     learner = Learner(loaded.model, config=recipe.learner, num_steps=updates, reference=reference)
     log.say(f"{phase_of(recipe)}: {learner.describe()}")
-    teachers = _open_teachers(recipe, loaded, workshop=workshop, log=log) if isinstance(recipe, OnPolicyDistillRecipe) else []
+    teachers: Sequence[ScoringTeacher] = ()
+    if isinstance(recipe, OnPolicyDistillRecipe):
+        opening = TeacherOpening(
+            recipe=recipe, workshop=workshop, log=log, ranks=learner.ranks, is_stopping=lambda: interrupt.requested, stack=stack
+        )
+        teachers = _open_teachers(recipe, loaded, opening)
     engine_of = partial(workshop.engine, loaded, recipe.sampler, dtype=recipe.learner.dtype, lora=recipe.learner.lora)
     return Training(
         recipe=recipe,
@@ -118,6 +164,7 @@ def _build(
         watchdog=watchdog,
         stream=stream,
         teachers=teachers,
+        off_policy_stream=off_policy_stream,
         num_steps=num_steps,
         alarms=Alarms(recipe.alarms),
         roll_backs=RollBacks(every=recipe.checkpoint.every),
@@ -152,6 +199,8 @@ def _check_shares(recipe: TrainingRecipe, num_ranks: int) -> None:
     else:
         key = "rl" if isinstance(recipe, RlRecipe) else "distill"
         counts, parts = {f"{key}.prompts_per_step": recipe.rounds.prompts_per_step}, num_ranks * recipe.rounds.num_mini_batches
+        if isinstance(recipe, OnPolicyDistillRecipe):
+            counts["distill.off_policy_rows"] = recipe.distill.off_policy_rows
     for key, count in counts.items():
         if count is not None and count % parts:
             raise VlpostError(
@@ -201,7 +250,7 @@ def _start(training: Training, resume: bool) -> None:
     first = training.stream.examples(*_examples_of_step(recipe, training.step))
     training.log.event("data", fingerprint=fingerprint(first), examples=len(first))
     _check_sight(training, first)
-    if isinstance(recipe, RlRecipe):
+    if isinstance(recipe, RlRecipe) or (isinstance(recipe, OnPolicyDistillRecipe) and recipe.distill.task_rewards is not None):
         training.rewards.check_examples(
             first if training.stream.num_rows is None else training.stream.examples(0, training.stream.num_rows)
         )
@@ -257,10 +306,10 @@ def _examples_of_step(recipe: TrainingRecipe, step: int) -> tuple[int, int]:
 StepFunction = Callable[[int, Sequence[Example]], tuple[Mapping[str, float], Sequence[ScoredGroup]]]
 
 
-def _step_function(training: Training) -> StepFunction:
+def _step_function(training: Training, soft: SoftTargets | None) -> StepFunction:
     recipe, chat = training.recipe, training.loaded.chat
     if isinstance(recipe, SftRecipe):
-        return _sft_step_function(training, plan_phases(recipe))
+        return _sft_step_function(training, plan_phases(recipe), soft)
     assert training.sampler is not None
     if isinstance(recipe, OnPolicyDistillRecipe):
         return _distill_step_function(training, recipe)
@@ -289,6 +338,7 @@ def _distill_step_function(training: Training, recipe: OnPolicyDistillRecipe) ->
         learner=training.learner,
         sampler=training.sampler,
         teachers=training.teachers,
+        rewards=training.rewards if recipe.distill.task_rewards is not None else None,
         chat=training.loaded.chat,
         distribution=training.loaded.distribution(recipe.sampler.temperature),
         seed=recipe.seed,
@@ -296,28 +346,40 @@ def _distill_step_function(training: Training, recipe: OnPolicyDistillRecipe) ->
     )
 
     def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
-        result = distill.step(number, examples, training.interrupt.check)
-        reasons = {"teacher": "on-policy distillation scores tokens, not responses"}
-        drawn = [
-            ScoredGroup(
-                example=group.example, judged=(), unjudged=tuple(UnjudgedRollout(rollout=r, reasons=reasons) for r in group.rollouts)
-            )
-            for group in result.groups
-        ]
-        return result.metrics, drawn
+        result = distill.step(number, examples, training.interrupt.check, _conversations(training, recipe, number))
+        return result.metrics, result.scored_groups
 
     return step
 
 
-def _open_teachers(recipe: OnPolicyDistillRecipe, student: LoadedModel, *, workshop: Workshop, log: RunLog) -> list[Teacher]:
+def _conversations(training: Training, recipe: OnPolicyDistillRecipe, step: int) -> list[Row]:
+    """Returns this rank's conversations of a step, which nobody drew: what the assistant wrote in them is trained."""
+    if training.off_policy_stream is None:
+        return []
+    count, chat = recipe.distill.off_policy_rows, training.loaded.chat
+    examples = training.off_policy_stream.examples(step * count, count)
+    return [
+        Row(example=example, family=[_not_drawn(sequence) for sequence in supervised_sequences(example, chat)])
+        for example in training.learner.ranks.share(examples)
+    ]
+
+
+def _not_drawn(sequence: TrainSequence[Any]) -> TrainSequence[DrawnTargets]:
+    return replace(sequence, targets=DrawnTargets(sampler_logprobs=(math.nan,) * sequence.num_trained_tokens))
+
+
+def _open_teachers(recipe: OnPolicyDistillRecipe, student: LoadedModel, opening: TeacherOpening) -> list[ScoringTeacher]:
     """Returns the teachers, each checked against the student's tokens and image patches."""
-    teachers = []
+    teachers: list[ScoringTeacher] = []
     for name, config in recipe.teachers.items():
-        loaded = workshop.load(config.model, dtype=recipe.learner.dtype, seed=recipe.seed)
+        if config.model is None:
+            teachers.append(opening.open(name, config, student))
+            continue
+        loaded = opening.workshop.load(config.model, dtype=recipe.learner.dtype, seed=recipe.seed)
         check_same_language(student.chat, loaded.chat, name=name)
         check_same_images(student.model, loaded.model, name=name)
         size = sum(parameter.numel() for parameter in loaded.model.parameters())
-        log.say(f"{phase_of(recipe)}: teacher {name}: {loaded.folder}, {size:,} parameters, {', '.join(config.tasks) or 'all other tasks'}")
+        opening.say(f"teacher {name}: {loaded.folder}, {size:,} parameters, {', '.join(config.tasks) or 'all other tasks'}")
         teachers.append(Teacher(loaded.model, name=name, config=recipe.learner, tasks=config.tasks))
     return teachers
 
@@ -328,11 +390,11 @@ def _check_sight(training: Training, examples: Sequence[Example]) -> None:
     for teacher in training.teachers:
         seen = next((row for row in examples if row.media and teacher_of(row, training.teachers) is teacher), None)
         if seen is not None:
-            gap = teacher.check_sight(*sight_rows(seen, chat), chat=chat, distribution=distribution)
+            gap = check_sight(teacher, *sight_rows(seen, chat), chat=chat, distribution=distribution)
             training.log.say(f"{training.name}: teacher {teacher.name} sees images: inverted, they move its log-probs by up to {gap:.2g}")
 
 
-def _sft_step_function(training: Training, plans: Sequence[PhasePlan]) -> StepFunction:
+def _sft_step_function(training: Training, plans: Sequence[PhasePlan], soft: SoftTargets | None) -> StepFunction:
     """Returns the step of supervised fine-tuning, each phase with its own settings; what happens to rows goes to the log."""
     log, name = training.log, training.name
     noted: set[str] = set()
@@ -343,7 +405,8 @@ def _sft_step_function(training: Training, plans: Sequence[PhasePlan]) -> StepFu
             noted.add(note.outcome)
             log.say(f"{name}: example {note.example_id} {note.outcome}: {note.reason}; events.jsonl names the others")
 
-    by_phase = {plan.name: SftStage(plan.config, learner=training.learner, chat=training.loaded.chat, heed=heed) for plan in plans}
+    learner, chat = training.learner, training.loaded.chat
+    by_phase = {plan.name: SftStage(plan.config, learner=learner, chat=chat, heed=heed, soft=soft) for plan in plans}
 
     def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
         plan = plan_of_step(plans, number)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distill.teacher import Teacher
+from ..distill.teacher import ScoringTeacher
 from ..model.checkpoint import CheckpointError, checkpoint_folder, load_checkpoint, save_checkpoint, saved_steps
 from ..model.learner import Learner
 from ..model.records import VlpostError
@@ -20,12 +20,13 @@ from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
 from .alarms import Alarms
 from .build import LoadedModel
+from .data_config import CuratedData
 from .evaluate import evaluate
 from .example_stream import ExampleStream, open_stream
 from .interrupt import Interrupt
 from .roll_back import RollBacks
 from .run_log import RunLog
-from .schema import SftRecipe, StageRecipe, TrainingRecipe, WatchdogConfig
+from .schema import OnPolicyDistillRecipe, SftRecipe, StageRecipe, TrainingRecipe, WatchdogConfig
 from .watchdog import Watchdog
 
 
@@ -67,8 +68,10 @@ class Training:
     interrupt: Interrupt
     watchdog: Watchdog
     stream: ExampleStream
-    teachers: Sequence[Teacher]
+    teachers: Sequence[ScoringTeacher]
     """Of on-policy distillation; else none."""
+    off_policy_stream: ExampleStream | None
+    """Conversations of on-policy distillation that the student did not draw."""
     num_steps: int
     alarms: Alarms
     roll_backs: RollBacks
@@ -137,7 +140,7 @@ class Training:
     def load(self, path: Path) -> None:
         """Brings the stage to where the checkpoint was saved; a recipe that has changed since is an error that names the first key."""
         checkpoint = load_checkpoint(path)
-        changed = _first_change(checkpoint.state["recipe"], comparable_recipe(self.recipe))
+        changed = first_change(checkpoint.state["recipe"], comparable_recipe(self.recipe))
         if changed:
             raise ResumeError(
                 f"{path}: saved by another recipe: {changed}; resume with the recipe it was started with, or start in another folder"
@@ -211,15 +214,24 @@ def comparable_recipe(recipe: TrainingRecipe) -> dict[str, Any]:
     """
     left_out = {"output", "checkpoint", "name", "trackers", "watchdog", "alarms", "max_roll_backs", "max_nonfinite_updates"}
     values = recipe.model_dump(mode="json", exclude=left_out)
+    if isinstance(recipe, SftRecipe) and isinstance(recipe.data, CuratedData) and recipe.data.path.is_relative_to(recipe.output):
+        values["data"]["path"] = str(recipe.data.path.relative_to(recipe.output))  # the run's own, wherever it writes
     if isinstance(recipe, SftRecipe) and recipe.phases:
         values["order of phases"] = list(recipe.phases)  # mappings compare without it
+    if isinstance(recipe, OnPolicyDistillRecipe):
+        for teacher in values["teachers"].values():
+            # A teacher's server may stand elsewhere after a resume, and be asked otherwise.
+            for name in ("url", "api_key_env", "requests"):
+                del teacher[name]
+            teacher["serve"] = teacher["serve"] and {name: teacher["serve"][name] for name in ("model", "dtype")}
     return values
 
 
-def _first_change(saved: object, now: object, key: str = "") -> str | None:
+def first_change(saved: object, now: object, key: str = "") -> str | None:
+    """Returns words for the first setting in which two nested mappings differ, or None."""
     if isinstance(saved, dict) and isinstance(now, dict):
         for name in [*saved, *(name for name in now if name not in saved)]:
-            found = _first_change(saved.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+            found = first_change(saved.get(name), now.get(name), f"{key}.{name}" if key else str(name))
             if found:
                 return found
         return None

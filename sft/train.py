@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..model.chat import Chat, check_fits
-from ..model.learner import FULL_DISTRIBUTION, Learner, TokenLogprobs
+from ..model.learner import FULL_DISTRIBUTION, Learner, TokenDivergence, TokenLogprobs, TokenLoss
 from ..model.metrics import Metric, maximum, mean, total
-from ..model.packing import pack, weigh
+from ..model.packing import Batch, pack, weigh
 from ..model.records import DataError, Example, Message, TextPart, TrainSequence
+from ..model.reference import SparseStates
 from .config import SftConfig
 from .rows import RowNote, split_at_turns, with_thinking_as_configured
 
@@ -35,15 +36,37 @@ class FittedRow:
     notes: tuple[RowNote, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SoftTargets:
+    """What a teacher would have written at each trained token, beside what stands there."""
+
+    states_of: Callable[[Batch[NoTargets]], SparseStates]
+    """What it says of a batch's targets"""
+    divergence: TokenDivergence
+    """Between the teacher and the model, over the ids that it names"""
+    weight: float
+    """Share of the divergence in the loss, 0 to 1; the rest is the cross entropy of the tokens"""
+
+
 class SftStage:
     """Supervised fine-tuning; each step depends only on the weights and its examples.
 
-    `heed` is told of every row that is split or dropped. Raises `DataError` for settings that do not go with the model's template.
+    `heed` is told of every row that is split or dropped; with `soft` a teacher's distribution is learned too. Raises `DataError` for
+    settings that do not go with the model's template.
     """
 
-    def __init__(self, config: SftConfig, *, learner: Learner, chat: Chat, heed: Callable[[RowNote], None] = lambda note: None) -> None:
+    def __init__(
+        self,
+        config: SftConfig,
+        *,
+        learner: Learner,
+        chat: Chat,
+        heed: Callable[[RowNote], None] = lambda note: None,
+        soft: SoftTargets | None = None,
+    ) -> None:
         self.config = config
         self.learner = learner
+        self.soft = soft
         self.chat = chat
         self.rows = RowFitter(config, chat=chat, token_budget=learner.config.token_budget)
         self.heed = heed
@@ -64,13 +87,31 @@ class SftStage:
             weighted = weigh(families, self.config.weighting, unit="family", over_ranks=self.learner.ranks.total)
             packed = pack(weighted, media=self.chat, token_budget=self.learner.config.token_budget)
             batches = self.learner.fill(packed)
-            measured.append(self.learner.update(batches, FULL_DISTRIBUTION, [negative_logprobs] * len(batches)))
+            measured += self._update(batches)
             for batch in packed:
                 measured.append({"trained_tokens": total(len(batch.target_ids)), "unique_tokens": total(len(batch.token_ids))})
         merged = self.learner.ranks.merge([*measured, {"time/step_s": maximum(time.perf_counter() - start)}])
         if "unique_tokens" not in merged:
             return merged
         return {**merged, "time/tokens_per_s": merged["unique_tokens"] / merged["time/step_s"]}
+
+    def _update(self, batches: Sequence[Batch[NoTargets]]) -> list[dict[str, Metric]]:
+        if self.soft is None:
+            return [self.learner.update(batches, FULL_DISTRIBUTION, [negative_logprobs] * len(batches))]
+        soft = self.soft
+        seen: list[dict[str, Metric]] = []
+
+        def loss(outputs: TokenLogprobs) -> Tensor:
+            """Returns weight * divergence + (1 - weight) * cross entropy [N]."""
+            assert outputs.divergence is not None, "the teacher's states were handed to the update"
+            count = len(outputs.logprobs)
+            if count:
+                seen.append({"teacher_divergence": mean(outputs.divergence.detach().mean(), count)})
+            return soft.weight * outputs.divergence - (1.0 - soft.weight) * outputs.logprobs
+
+        losses: list[TokenLoss] = [loss] * len(batches)
+        states = [soft.states_of(batch) for batch in batches]
+        return [self.learner.update(batches, FULL_DISTRIBUTION, losses, states, divergence=soft.divergence), *seen]
 
 
 class RowFitter:
@@ -101,9 +142,8 @@ class RowFitter:
         if self.config.too_long == "drop":
             return FittedRow(families=(), notes=(RowNote(example_id=example.id, outcome="dropped", reason=reason),))
         parts, notes = split_at_turns(example, lambda part: longest(self._encode(part)), limit=self.max_length)
-        if parts:
-            split = RowNote(example_id=example.id, outcome="split", reason=f"{reason}; {len(parts)} rows from its turns")
-            notes = [split, *notes]
+        outcome, made = ("split", f"{len(parts)} rows from its turns") if parts else ("dropped", "none of its exchanges fits")
+        notes = [RowNote(example_id=example.id, outcome=outcome, reason=f"{reason}; {made}"), *notes]
         return FittedRow(families=tuple(self._encode(part) for part in parts), notes=tuple(notes))
 
     def _encode(self, example: Example) -> list[TrainSequence[NoTargets]]:
@@ -182,5 +222,6 @@ def _row_metrics(fitted: Sequence[FittedRow]) -> dict[str, Metric]:
         "rows": total(len(families)),
         "rows_dropped": total(outcomes.count("dropped")),
         "rows_split": total(outcomes.count("split")),
+        "exchanges_dropped": total(outcomes.count("exchange dropped")),
         "text_only_frac": mean(sum(is_text) / max(1, len(is_text)), len(is_text)),
     }

@@ -16,7 +16,7 @@ _rl = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_rl)
 
 folder, processor, chat, make_model, plain_model = _rl.folder, _rl.processor, _rl.chat, _rl.make_model, _rl.plain_model
-distribution, examples, all_logprobs = _rl.distribution, _rl.examples, _rl.all_logprobs
+distribution, examples, all_logprobs, rewards = _rl.distribution, _rl.examples, _rl.all_logprobs, _rl.rewards
 
 
 @pytest.fixture(scope="session")
@@ -41,15 +41,17 @@ def make_teacher(make_model, plain_teacher):
 
 
 @pytest.fixture
-def make_stage(make_model, chat, distribution, make_teacher):
-    def make(*, teachers=None, token_budget=4096, learning_rate=1e-3, **changes):
+def make_stage(make_model, chat, distribution, make_teacher, rewards):
+    def make(*, teachers=None, script=_rl.SCRIPT, token_budget=4096, learning_rate=1e-3, **changes):
         learner = LearnerConfig(learning_rate=learning_rate, token_budget=token_budget, max_grad_norm=1e6)
         settings = {"num_steps": 1, "prompts_per_step": 4, "group_size": 3, "prompts": "multimodal"} | changes
+        config = OnPolicyDistillConfig.model_validate(settings)
         return OnPolicyDistillStage(
-            OnPolicyDistillConfig.model_validate(settings),
+            config,
             learner=_rl.RecordingLearner(make_model(), config=learner, num_steps=10),
-            sampler=_rl.ScriptedSampler(_rl.SCRIPT),
+            sampler=_rl.ScriptedSampler(script),
             teachers=[make_teacher()] if teachers is None else teachers,
+            rewards=rewards if config.task_rewards else None,
             chat=chat,
             distribution=distribution,
             seed=11,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vlpost.distill.teacher import TeacherError, check_same_images, check_same_language
-from vlpost.distill.train import log_ratio_advantages, teacher_of
-from vlpost.model.records import DataError, Example, ImagePart, Message, TextPart
+from vlpost.distill.step_loss import log_ratio_advantages
+from vlpost.distill.teacher import TeacherError, check_same_images, check_same_language, check_sight
+from vlpost.distill.train import teacher_of
+from vlpost.model.records import DataError, Example, Group, ImagePart, Message, TextPart
 from vlpost.model.rollouts import train_sequence
 
 
@@ -41,6 +42,14 @@ def divergence_by_hand(name, student, teacher, beta=None):
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
+def drawn_groups(result):
+    """Returns the groups of a step, judged or not, in the order in which they were drawn."""
+    return [
+        Group(example=group.example, rollouts=tuple(scored.rollout for scored in (*group.judged, *group.unjudged)))
+        for group in result.scored_groups
+    ]
+
+
 def sequences(groups):
     return [[train_sequence(group.example.id, number, rollout, None) for number, rollout in enumerate(group.rollouts)] for group in groups]
 
@@ -57,7 +66,7 @@ def test_the_exact_update_has_the_gradient_of_the_formula(
     assert (len(stage.learner.losses) > 1) == (token_budget == 64)
     plain_model.zero_grad()
     plain_model.load_state_dict(weights, strict=False)
-    rows = [row for family in sequences(result.groups) for row in family]
+    rows = [row for family in sequences(drawn_groups(result)) for row in family]
     num_tokens = sum(row.num_trained_tokens for row in rows)
     values = []
     for row in rows:
@@ -82,8 +91,8 @@ def test_the_sampled_token_update_is_the_policy_gradient_of_the_log_ratio(
     size, start = 4 // num_mini_batches, stage.learner.updates[0][0]
     ratios = []
     for number, (weights, gradients) in enumerate(stage.learner.updates):
-        rows = [row for family in sequences(result.groups[number * size : (number + 1) * size]) for row in family]
-        drawn = [rollout for group in result.groups[number * size : (number + 1) * size] for rollout in group.rollouts]
+        rows = [row for family in sequences(drawn_groups(result)[number * size : (number + 1) * size]) for row in family]
+        drawn = [rollout for group in drawn_groups(result)[number * size : (number + 1) * size] for rollout in group.rollouts]
         num_tokens = sum(row.num_trained_tokens for row in rows)
         plain_model.zero_grad()
         for row, rollout in zip(rows, drawn, strict=True):
@@ -204,7 +213,7 @@ def _rollout(prompt, ids):
 
 def test_a_teacher_that_does_not_see_images_is_refused(make_teacher, chat, distribution, monkeypatch):
     teacher, row, other = make_teacher(), noise_row(chat, 1), noise_row(chat, 2)
-    assert teacher.check_sight(row, other, chat=chat, distribution=distribution) > 1e-6
+    assert check_sight(teacher, row, other, chat=chat, distribution=distribution) > 1e-6
     states = teacher.states
     grey = noise_row(chat, 3)
 
@@ -216,7 +225,7 @@ def test_a_teacher_that_does_not_see_images_is_refused(make_teacher, chat, distr
 
     monkeypatch.setattr(teacher, "states", blind)
     with pytest.raises(TeacherError, match=r"teacher teacher: its log-probs in seen stay the same .* it does not see images"):
-        teacher.check_sight(row, other, chat=chat, distribution=distribution)
+        check_sight(teacher, row, other, chat=chat, distribution=distribution)
 
 
 class _Tokenizer:

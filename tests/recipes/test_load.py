@@ -159,7 +159,11 @@ def test_a_missing_key_is_named(refusal, old, new, words):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("method: rl", "method: rll", "method = 'rll': must be one of 'sft', 'rl', 'on_policy_distill', 'evaluate', 'chain', 'curate'"),
+        (
+            "method: rl",
+            "method: rll",
+            "method = 'rll': must be one of 'sft', 'rl', 'on_policy_distill', 'off_policy_distill', 'evaluate', 'chain', 'curate'",
+        ),
         (
             "use: handwriting",
             "use: handwritten",
@@ -327,7 +331,7 @@ def test_a_block_is_not_handed_to_a_method_that_has_none(write):
         (
             "method: evaluate",
             "method: evaluatee",
-            "stages.exam: method = 'evaluatee': must be one of 'sft', 'rl', 'on_policy_distill', 'evaluate'",
+            "stages.exam: method = 'evaluatee': must be one of 'sft', 'rl', 'on_policy_distill', 'off_policy_distill', 'evaluate'",
         ),
         ("stage: sft", "stage: sfx", "stages.exam.model.stage = 'sfx': must be an earlier training stage, one of ['sft']"),
         ("stage: sft", "stage: exam", "stages.exam.model.stage = 'exam': must be an earlier training stage, one of ['sft']"),

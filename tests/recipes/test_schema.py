@@ -11,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from vlpost.model.config import LearnerConfig, NanoConfig, ParityConfig, SamplerConfig, Settings
-from vlpost.recipes.schema import (
-    CheckpointConfig,
-    EvaluateConfig,
-    ModelConfig,
-    Recipe,
-    RlRecipe,
-    SftRecipe,
-    StageConfig,
-    ValidationConfig,
-)
+from vlpost.recipes.schema import CheckpointConfig, EvaluateConfig, ModelConfig, Recipe, RlRecipe, SftRecipe, StageConfig, ValidationConfig
 from vlpost.rl.config import RlConfig
 from vlpost.sft.config import SftConfig
 
