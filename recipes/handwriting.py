@@ -20,8 +20,23 @@ writer is.
 | page | a page of 200 to 4,000 pixels a side, 8 to 3,403 numbers | the number in the asked line and column | 1 in 30 |
 | sum2, sum2_steps | two numbers of two digits with a gap between | their sum, 20 to 198 | 1 in 90 |
 | blind | two digits, of which the question tells both or only one | their sum, 0 to 18 | 1 in 10 |
+| zoom, zoom_calls | a canvas with a large number, a small one, or two small digits | the sum of all numbers, 0 to 99 | 1 in 27 |
+| ordered | 1, 2, 3, ... up to 3 to 6 in a row | how many digits, 3 to 6 | 1 in 4 |
+| counter | such a row with one place empty | how many digits, 2 to 5 | 1 in 4 |
+| mixing | two digits; the question quotes one in the other language | their sum, 0 to 18, in a sentence of its own language | 1 in 10 |
+| program | a digit | a Python program that adds it to what it reads, multiplies or repeats it | 1 in 30 |
+| json | two to four digits | a JSON object of two of: the digits, their sum, the largest, how many | 1 in 90 |
+| constrained | a number of 1 to 3 digits | the number, written as the question wants it: a list, an opening, a length, ... | 1 in 30 |
 
-Rewards that fit, by name: `count` where the answer is a whole number, `choice` for compare, `box` for find, `time_span` for video.
+Rewards that fit, by name: `count` where the answer is a whole number, `choice` for compare, `box` for find, `time_span` for video,
+`code_execution` for program, `json` for json; beside `count`, `code_switching` for mixing and `format` for constrained.
+
+The small numbers of `zoom` and `zoom_calls` have 8 x 8 pixels a digit on a canvas of 1,000 x 1,000: a nano of at most 64 image tokens sees
+2 x 2 pixels of each, until it zooms in on the grey plate that they stand on. A third of the rows needs no zoom, a third one, a third two.
+Both ask the same with the same pictures at the same index; the solution of `zoom_calls` calls the zoom tool (`TRACK_ZOOM`) first.
+
+In a row of `ordered` the last digit tells how many there are, and so does where the row ends; a policy that learns that habit answers
+each row of `counter` wrong, by one too many (`metadata["usual_answer"]`). Train on `ordered` to make the habit and on `counter` to undo it.
 
 The 155 questions of `arithmetic` are the same in all splits: it keeps a skill alive, it cannot measure generalisation. Half of the rows of
 `blind` can be solved without the image, and each says which it is: `metadata["needs_image"]`, which all kinds from `find` on have. `sum2`
@@ -43,10 +58,12 @@ from itertools import accumulate
 from typing import get_args
 
 from ..model.records import ROLES, DataError, Example, ImagePart, Message, Part, TextPart
+from .data_config import Language, Split, TaskKind
+from .handwriting_forms import FORM_SCENES
 from .handwriting_questions import CORPUS_PHRASINGS, QUESTION_KINDS, ask
 from .handwriting_scans import SPLIT_SCANS, Dice, Size, draw_row, hash_key
-from .handwriting_scenes import PAGE_PIXELS, Scene, SceneSource, draw_scene
-from .schema import Language, Split, TaskKind
+from .handwriting_scenes import PAGE_PIXELS, SCENE_KINDS, Scene, SceneSource, draw_scene
+from .handwriting_zoom import ZOOM_SCENES
 
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 LANGUAGES: tuple[Language, ...] = get_args(Language)
@@ -59,6 +76,8 @@ MIN_PAGE_PIXELS, MAX_PAGE_PIXELS = PAGE_PIXELS
 # 2^64 divided by the golden ratio: of all steps round a circle this one leaves the most even gaps.
 _GOLDEN_STEP, _CIRCLE = 0x9E3779B97F4A7C15, 1 << 64
 _CORPUS_DRAWS = 100
+# One question for both, so that models trained on either have seen the same.
+_DRAWN_AS: Mapping[str, TaskKind] = {"sum2_steps": "sum2", "zoom_calls": "zoom"}
 
 
 def handwriting_example(
@@ -81,14 +100,16 @@ def handwriting_example(
     With `with_solution` (for SFT) the messages end with a short response, `5+7=\boxed{12}`; without (for RL) with a question; the
     first answer of `multi_turn` is there in both. Metadata: `language`; `digits` and `scans`, the images from left to right (a film: in
     order; a page: of the asked number alone) as values and as rows of `load_digits`; `target` (count, find, video), `numbers` (compare,
-    multi_image), `operands` (arithmetic, sum2, blind), `sign` (arithmetic), `seconds` that each page lasts (video), `asked` (multi_image:
-    largest or sum), `line`, `column`, `lines`, `columns` (page, from 1), `needs_image` (from `find` on). The id is unique within one
-    split, seed and `tasks`.
+    multi_image, zoom), `operands` (arithmetic, sum2, blind, mixing), `sign` (arithmetic), `seconds` that each page lasts (video), `asked`
+    (multi_image: largest or sum; program: plus, times or repeat), `line`, `column`, `lines`, `columns` (page, from 1), `boxes` of the
+    small numbers in 0 to 1000 and `target_calls`, how many zooms are needed (zoom, zoom_calls), `usual_answer` (ordered, counter),
+    `answer_language` (mixing), `code` with hidden cases (program), `schema` (json), `constraints` and the `form` that they make up
+    (constrained), `needs_image` (from `find` on). The id is unique within one split, seed and `tasks`.
 
     Images are rows of digits of `digit_pixels` (width, height), bicubic, white on black. The box of `find` holds the digit's ink
-    (`ink_box`). Films have two frames a second. Numbers on a page have digits of 24 x 32 pixels; its width and height are drawn from
-    `page_pixels` (smallest, largest), as often small as large on a scale of factors. 4,000 x 4,000 are 15,625 vision tokens: a nano whose
-    `max_image_tokens` is below that gets the page scaled down, and by default cannot read it.
+    (`ink_box`). `zoom` has sizes of its own (`handwriting_zoom`). Films have two frames a second. Numbers on a page have digits of 24 x 32
+    pixels; its width and height are drawn from `page_pixels` (smallest, largest), as often small as large on a scale of factors. 4,000 x
+    4,000 are 15,625 vision tokens: a nano whose `max_image_tokens` is below that gets the page scaled down, and by default cannot read it.
 
     Raises `DataError` for an unknown split, kind or language, a share that is not a positive number, a negative index, digits outside 8
     to 512 pixels and pages outside 200 to 4,000.
@@ -108,14 +129,12 @@ def handwriting_example(
         )
     mix = _mix(tuple(tasks.items()), tuple(languages))
     kind, language = mix.at(index, phase=hash_key("phase", split, seed) % _CIRCLE)
-    # One question for both, so that models trained on either have seen the same.
-    drawn_as = "sum2" if kind == "sum2_steps" else kind
-    dice = Dice("example", split, seed, drawn_as, language, index)
+    dice = Dice("example", split, seed, _DRAWN_AS.get(kind, kind), language, index)
     source = SceneSource(split=split, language=language, digit_pixels=digit_pixels, page_pixels=page_pixels, dice=dice)
-    scene = _question_scene(kind, source) if kind in QUESTION_KINDS else draw_scene(kind, source)
+    scene = _draw(kind, source)
     messages = scene.messages
     if with_solution:
-        messages = (*messages, Message(role="assistant", parts=(TextPart(text=scene.solution),)))
+        messages = (*messages, *scene.steps, Message(role="assistant", parts=(TextPart(text=scene.solution),)))
     return Example(
         id=f"handwriting/{split}/{kind}/{index:06d}",
         messages=messages,
@@ -124,6 +143,14 @@ def handwriting_example(
         source="handwriting",
         metadata={"language": language, "digits": list(scene.digits), "scans": list(scene.scans), **scene.facts},
     )
+
+
+def _draw(kind: TaskKind, source: SceneSource) -> Scene:
+    if kind in QUESTION_KINDS:
+        return _question_scene(kind, source)
+    if kind in SCENE_KINDS:
+        return draw_scene(kind, source)
+    return (FORM_SCENES | ZOOM_SCENES)[kind](source)
 
 
 def _question_scene(kind: TaskKind, source: SceneSource) -> Scene:

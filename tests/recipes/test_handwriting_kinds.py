@@ -122,8 +122,8 @@ def test_examples_are_those_of_every_other_machine(kind):
     assert fingerprint(examples) == PINNED[kind]
 
 
-def test_the_kinds_are_all_of_the_track_that_came_later():
-    assert ("read", "add", "count", "compare", "arithmetic", *KINDS) == TASK_KINDS
+def test_the_kinds_come_after_the_first_ones():
+    assert TASK_KINDS[: 5 + len(KINDS)] == ("read", "add", "count", "compare", "arithmetic", *KINDS)
 
 
 def test_answers_and_solutions_are_what_the_metadata_says(many):
