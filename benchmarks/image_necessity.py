@@ -41,7 +41,7 @@ model: {nano: {size: s}}
 data: {use: handwriting, split: train, tasks: {blind: 3.0, arithmetic: 1.0}, languages: [en]}
 rewards: {components: {answer: {use: count}}}
 sampler: {max_response_tokens: 16, max_model_len: 192, max_images_per_prompt: 1, max_videos_per_prompt: 0}
-sft: {num_steps: 900, examples_per_step: 32}
+sft: {num_steps: 1800, examples_per_step: 32}
 learner: {learning_rate: 1.0e-3, warmup_steps: 20, weight_decay: 0.01, schedule: linear}
 """
 

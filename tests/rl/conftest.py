@@ -161,7 +161,7 @@ def make_stage(make_model, chat, distribution, rewards):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def all_logprobs(processor, chat, distribution):
     """Returns a function: model, sequence -> [T, V] log-probs at the trained tokens of one response, without packing or sharing."""
 
@@ -177,7 +177,7 @@ def all_logprobs(processor, chat, distribution):
     return compute
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def alone(all_logprobs):
     """Returns a function: model, sequence -> [T] log-probs of the trained tokens of one response."""
 
