@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,10 +10,9 @@ from ..model.config import DType, Settings
 from ..rl.config import PolicyLossConfig, SapoConfig
 
 
-class ExactConfig(Settings):
-    """The divergence of the whole next-token distribution at every drawn position, without noise."""
+class DivergenceConfig(Settings):
+    """Which divergence of the student from the teacher."""
 
-    name: Literal["exact"] = "exact"
     divergence: Literal["forward", "reverse", "jsd"] = "reverse"
     """forward: KL(teacher, student), which covers the teacher's modes; reverse: KL(student, teacher), which seeks one of them; jsd:
     beta KL(teacher, mixture) + (1 - beta) KL(student, mixture) (GKD, arXiv:2306.13649). The Qwen3 reports say KL and not which; our
@@ -22,12 +21,21 @@ class ExactConfig(Settings):
     """Of jsd, and only of it: the teacher's share of the mixture."""
 
     @model_validator(mode="after")
-    def _beta_is_of_jsd(self) -> ExactConfig:
-        _check_beta(self.divergence, self.beta)
+    def _beta_is_of_jsd(self) -> Self:
+        if self.divergence == "jsd" and self.beta is None:
+            raise ValueError("divergence: jsd needs beta, strictly between 0 and 1 (GKD's recipes have 0.5)")
+        if self.divergence != "jsd" and self.beta is not None:
+            raise ValueError(f"beta = {self.beta} is of `divergence: jsd`; {self.divergence} has none: leave it out")
         return self
 
 
-class TopKConfig(Settings):
+class ExactConfig(DivergenceConfig):
+    """The divergence of the whole next-token distribution at every drawn position, without noise."""
+
+    name: Literal["exact"] = "exact"
+
+
+class TopKConfig(DivergenceConfig):
     """The divergence over the most likely ids and one bucket of all others: what a teacher behind a server can tell.
 
     Nothing is renormalised: student mass outside of the ids stands against the teacher's mass there. By the log-sum inequality the value
@@ -39,25 +47,9 @@ class TopKConfig(Settings):
     """Ids of each model at a position, beside the drawn token, which always counts. Our choice: neither Qwen report gives one."""
     ids: Literal["teacher", "student", "both"] = "teacher"
     """Whose most likely ids. Those of the student need an engine that scores given ids (vLLM's V2 model runner, which needs a GPU)."""
-    divergence: Literal["forward", "reverse", "jsd"] = "reverse"
-    """As in `exact`."""
-    beta: float | None = Field(default=None, gt=0, lt=1)
-    """Of jsd, and only of it: the teacher's share of the mixture."""
-
-    @model_validator(mode="after")
-    def _beta_is_of_jsd(self) -> TopKConfig:
-        _check_beta(self.divergence, self.beta)
-        return self
 
 
-def _check_beta(divergence: str, beta: float | None) -> None:
-    if divergence == "jsd" and beta is None:
-        raise ValueError("divergence: jsd needs beta, strictly between 0 and 1 (GKD's recipes have 0.5)")
-    if divergence != "jsd" and beta is not None:
-        raise ValueError(f"beta = {beta} is of `divergence: jsd`; {divergence} has none: leave it out")
-
-
-class SoftLabelsConfig(Settings):
+class SoftLabelsConfig(DivergenceConfig):
     """A teacher's distribution as targets of off-policy distillation, beside the tokens of its responses.
 
     It is read once, after the filters, for the `top_k` most likely ids at each token and one bucket of all others, and kept on disk in 16
@@ -70,13 +62,6 @@ class SoftLabelsConfig(Settings):
     """Share of the divergence in the loss; the rest is the cross entropy of the response."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
     """As in `exact`; forward, as the responses are the teacher's own."""
-    beta: float | None = Field(default=None, gt=0, lt=1)
-    """Of jsd, and only of it: the teacher's share of the mixture."""
-
-    @model_validator(mode="after")
-    def _beta_is_of_jsd(self) -> SoftLabelsConfig:
-        _check_beta(self.divergence, self.beta)
-        return self
 
 
 class SampledTokenConfig(Settings):
