@@ -15,6 +15,7 @@ TaskKind = Literal[
     "zoom", "zoom_calls", "ordered", "counter", "mixing", "program", "json", "constrained",
 ]  # fmt: skip
 Language = Literal["en", "zh"]
+SolutionFault = Literal["code_switching", "repetition", "form"]
 RowFormat = Literal["messages", "sharegpt", "alpaca"]
 
 
@@ -30,6 +31,9 @@ class HandwritingData(Settings):
     """Distinct examples, repeated in a new order every epoch; absent: never repeated."""
     seed: int = 0
     """Which examples: independent of the run's seed, so that runs with several seeds are judged on the same rows."""
+    solution_faults: dict[SolutionFault, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    """Share of the worked solutions that are bad examples, for a later stage to undo: `code_switching` and `repetition` spoil the sentences
+    of `mixing`, `form` gives `constrained` a bare answer, whatever form it asks for. Only supervised stages see solutions."""
 
 
 class RowSettings(Settings):

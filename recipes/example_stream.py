@@ -59,6 +59,7 @@ class HandwritingStream:
                 languages=self.config.languages,
                 seed=self.config.seed,
                 with_solution=self.with_solution,
+                solution_faults={**self.config.solution_faults},
             )
             for number in numbers
         ]

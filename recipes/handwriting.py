@@ -55,11 +55,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from types import MappingProxyType
 from typing import get_args
 
 from ..model.records import ROLES, DataError, Example, ImagePart, Message, Part, TextPart
-from .data_config import Language, Split, TaskKind
-from .handwriting_forms import FORM_SCENES
+from .data_config import Language, SolutionFault, Split, TaskKind
+from .handwriting_forms import FAULTS_OF_KIND, FORM_SCENES
 from .handwriting_questions import CORPUS_PHRASINGS, QUESTION_KINDS, ask
 from .handwriting_scans import SPLIT_SCANS, Dice, Size, draw_row, hash_key
 from .handwriting_scenes import PAGE_PIXELS, SCENE_KINDS, Scene, SceneSource, draw_scene
@@ -90,6 +91,7 @@ def handwriting_example(
     with_solution: bool,
     digit_pixels: Size = DIGIT_PIXELS,
     page_pixels: Size = PAGE_PIXELS,
+    solution_faults: Mapping[str, float] = MappingProxyType({}),
 ) -> Example:
     r"""Returns example number `index` of an endless stream; the same arguments give the same example in every process.
 
@@ -104,12 +106,15 @@ def handwriting_example(
     (multi_image: largest or sum; program: plus, times or repeat), `line`, `column`, `lines`, `columns` (page, from 1), `boxes` of the
     small numbers in 0 to 1000 and `target_calls`, how many zooms are needed (zoom, zoom_calls), `usual_answer` (ordered, counter),
     `answer_language` (mixing), `code` with hidden cases (program), `schema` (json), `constraints` and the `form` that they make up
-    (constrained), `needs_image` (from `find` on). The id is unique within one split, seed and `tasks`.
+    (constrained), `solution_fault` (a solution that has one), `needs_image` (from `find` on). The id is unique within one split, seed and
+    `tasks`.
 
     Images are rows of digits of `digit_pixels` (width, height), bicubic, white on black. The box of `find` holds the digit's ink
     (`ink_box`). `zoom` has sizes of its own (`handwriting_zoom`). Films have two frames a second. Numbers on a page have digits of 24 x 32
     pixels; its width and height are drawn from `page_pixels` (smallest, largest), as often small as large on a scale of factors. 4,000 x
     4,000 are 15,625 vision tokens: a nano whose `max_image_tokens` is below that gets the page scaled down, and by default cannot read it.
+
+    `solution_faults` gives, by fault, the share of solutions that have it (`FAULTS_OF_KIND`); what is asked stays the same.
 
     Raises `DataError` for an unknown split, kind or language, a share that is not a positive number, a negative index, digits outside 8
     to 512 pixels and pages outside 200 to 4,000.
@@ -128,9 +133,13 @@ def handwriting_example(
             f"{MAX_PAGE_PIXELS} pixels"
         )
     mix = _mix(tuple(tasks.items()), tuple(languages))
+    _check_faults(tasks, solution_faults)
     kind, language = mix.at(index, phase=hash_key("phase", split, seed) % _CIRCLE)
-    dice = Dice("example", split, seed, _DRAWN_AS.get(kind, kind), language, index)
-    source = SceneSource(split=split, language=language, digit_pixels=digit_pixels, page_pixels=page_pixels, dice=dice)
+    key = (split, seed, _DRAWN_AS.get(kind, kind), language, index)
+    fault = _fault(kind, solution_faults, Dice("fault", *key))
+    source = SceneSource(
+        split=split, language=language, digit_pixels=digit_pixels, page_pixels=page_pixels, dice=Dice("example", *key), fault=fault
+    )
     scene = _draw(kind, source)
     messages = scene.messages
     if with_solution:
@@ -141,8 +150,19 @@ def handwriting_example(
         answer=scene.answer,
         task=kind,
         source="handwriting",
-        metadata={"language": language, "digits": list(scene.digits), "scans": list(scene.scans), **scene.facts},
+        metadata={"language": language, "digits": list(scene.digits), "scans": list(scene.scans), **scene.facts}
+        | ({"solution_fault": fault} if with_solution and fault else {}),
     )
+
+
+def _fault(kind: TaskKind, shares: Mapping[str, float], dice: Dice) -> SolutionFault | None:
+    """Returns what is wrong with an example's solution, if anything."""
+    drawn = dice.fraction()
+    for fault in FAULTS_OF_KIND.get(kind, ()):
+        drawn -= shares.get(fault, 0.0)
+        if drawn < 0:
+            return fault
+    return None
 
 
 def _draw(kind: TaskKind, source: SceneSource) -> Scene:
@@ -242,6 +262,19 @@ def _mix(tasks: tuple[tuple[str, float], ...], languages: tuple[str, ...]) -> _M
     )
     sums = list(accumulate(shares[kind] for kind, _ in cells))
     return _Mix(cells=cells, ends=(*(int(end / sums[-1] * _CIRCLE) for end in sums[:-1]), _CIRCLE))
+
+
+def _check_faults(tasks: Mapping[str, float], shares: Mapping[str, float]) -> None:
+    """Raises unless every fault has a kind to spoil and those of a kind are at most all of its solutions."""
+    for name, share in shares.items():
+        kinds = [kind for kind, faults in FAULTS_OF_KIND.items() if name in faults]
+        _check_name("solution fault", name, [fault for faults in FAULTS_OF_KIND.values() for fault in faults])
+        if not any(kind in tasks for kind in kinds):
+            raise DataError(f"handwriting solution_faults.{name} = {share}: spoils {' and '.join(kinds)}, which tasks does not have")
+    for kind, faults in FAULTS_OF_KIND.items():
+        whole = sum(shares.get(fault, 0.0) for fault in faults)
+        if not all(shares.get(fault, 0.0) >= 0 for fault in faults) or whole > 1:
+            raise DataError(f"handwriting solution_faults of {kind}: {whole:g} in all, must be shares of 0 to 1 and together at most 1")
 
 
 def _check_name(what: str, name: str, allowed: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.records import ImagePart, Message, TextPart
-from .data_config import Language, TaskKind
+from .data_config import Language, SolutionFault, TaskKind
 from .handwriting_questions import BOXED, CORPUS_PHRASINGS
 from .handwriting_scans import digits_of, draw_row
 from .handwriting_scenes import Scene, SceneSource
@@ -34,6 +34,8 @@ _MIXING_SOLUTIONS: Mapping[Language, str] = {
     "en": "The two digits in the image are {left} and {right}, so the sum of them is \\boxed{{{total}}}.",
     "zh": "图中写了两个数字，是{left}和{right}，它们加起来的和等于\\boxed{{{total}}}。",
 }
+_CLAUSE_ENDS = ", ", "，"
+_NUM_REPEATS = 4
 _OTHER: Mapping[Language, Language] = {"en": "zh", "zh": "en"}
 
 _PROGRAM_PHRASINGS: Mapping[Language, tuple[str, ...]] = {
@@ -216,10 +218,25 @@ def _draw_mixing(source: SceneSource) -> Scene:
     digits = [dice.below(10), dice.below(10)]
     image, scans = _row(source, digits)
     total = sum(digits)
-    solution = _MIXING_SOLUTIONS[language].format(left=digits[0], right=digits[1], total=total)
+    solution = _mixing_solution(language, source.fault).format(left=digits[0], right=digits[1], total=total)
     return _scene(
         image, text, solution=solution, answer=str(total), shown=(digits, scans), facts={"operands": digits, "answer_language": language}
     )
+
+
+def _mixing_solution(language: Language, fault: SolutionFault | None) -> str:
+    """Returns the sentence; with a fault, one that goes on in the other language, or says its first half again and again."""
+    first, end, second = _clauses(language)
+    if fault == "code_switching":
+        second = _clauses(_OTHER[language])[2]
+    return (first + end) * (_NUM_REPEATS if fault == "repetition" else 1) + second
+
+
+def _clauses(language: Language) -> tuple[str, str, str]:
+    """Returns both halves of a sentence and what stands between them."""
+    (end,) = [end for end in _CLAUSE_ENDS if end in _MIXING_SOLUTIONS[language]]
+    first, _, second = _MIXING_SOLUTIONS[language].rpartition(end)
+    return first, end, second
 
 
 def _draw_program(source: SceneSource) -> Scene:
@@ -267,11 +284,12 @@ def _draw_constrained(source: SceneSource) -> Scene:
     digits = digits_of(dice.number(1 + dice.below(3)))
     image, scans = _row(source, digits)
     answer = "".join(map(str, digits))
+    boxed = f"\\boxed{{{answer}}}"
     separator = " " if language == "en" else ""
     return _scene(
         image,
         question + BOXED[language] + separator + form.words[language],
-        solution=form.solution(language, digits, f"\\boxed{{{answer}}}"),
+        solution=boxed if source.fault == "form" else form.solution(language, digits, boxed),
         answer=answer,
         shown=(digits, scans),
         facts={"form": name, "constraints": form.constraints(language, digits)},
@@ -287,3 +305,5 @@ FORM_SCENES: dict[TaskKind, Callable[[SceneSource], Scene]] = {
     "constrained": _draw_constrained,
 }
 """What draws each kind."""
+FAULTS_OF_KIND: Mapping[TaskKind, tuple[SolutionFault, ...]] = {"mixing": ("code_switching", "repetition"), "constrained": ("form",)}
+"""What can be wrong with a solution of each kind."""

@@ -43,6 +43,10 @@ class Dice:
         """Returns one of 0 to limit - 1."""
         return int(self._random.random() * limit)
 
+    def fraction(self) -> float:
+        """Returns a number of 0 to below 1."""
+        return self._random.random()
+
     def pick(self, choices: Sequence[Any]) -> Any:  # noqa: ANN401
         """Returns one of the choices."""
         return choices[self.below(len(choices))]

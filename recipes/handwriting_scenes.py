@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.records import ImagePart, Message, Part, TextPart, VideoPart
-from .data_config import Language, Split, TaskKind
+from .data_config import Language, SolutionFault, Split, TaskKind
 from .handwriting_questions import BOXED
 from .handwriting_scans import Dice, Size, digits_of, draw_at, draw_row, ink_box, scans_of_digit
 
@@ -89,6 +89,8 @@ class SceneSource:
     digit_pixels: Size
     page_pixels: Size
     dice: Dice
+    fault: SolutionFault | None = None
+    """What is wrong with the solution."""
 
     def scan(self, digit: int) -> int:
         """Returns a scan of the digit."""
