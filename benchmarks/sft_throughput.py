@@ -319,7 +319,7 @@ def run_case(folder: Path, mix: tuple[Kind, ...], *, num_rows: int, rounds: int,
     sequences = [s for index, row in enumerate(rows) for s in supervised_sequences(our_example(index, row), chat)]
     lengths = [len(s.token_ids) for s in sequences]
     refused = refusals(folder, rows)
-    arms = {"ours": our_arm(folder, rows, token_budget or max(2048, *lengths))}
+    arms = {"ours": our_arm(folder, rows, token_budget or max(1280, *lengths))}
     for peer in peers:
         rows_per_batch, is_grouped = PEERS[peer]
         arms[peer] = trl_arm(folder, rows, rows_per_batch, lengths if is_grouped else None)
@@ -390,7 +390,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64, help="of one epoch")
-    parser.add_argument("--token-budget", type=int, default=0, help="of one of our micro-batches; 0: the longest row, at least 2048")
+    parser.add_argument("--token-budget", type=int, default=0, help="of one of our micro-batches; 0: the longest row, at least 1280")
     parser.add_argument("--only", choices=["nano", "41 M"], help="one of the two sizes")
     parser.add_argument("--mix", choices=[*MIXES, "quick"])
     parser.add_argument("--folder", type=Path)
