@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from ..model.durable import sync_to_disk
 from ..model.layout import Ranks
 from ..model.packing import Batch, MediaSource, pack, weigh
 from ..model.records import TrainSequence, VlpostError
@@ -152,21 +152,21 @@ def _write_part(
     joined = {name: np.concatenate(values) for name, values in arrays.items()}
     for name, values in joined.items():
         np.save(partial / f"{name}.npy", values, allow_pickle=False)
-        _sync(partial / f"{name}.npy")
+        sync_to_disk(partial / f"{name}.npy")
     shapes = {name: values.shape for name, values in joined.items()}
     text = json.dumps({"made_from": made_from, "teacher": teacher, "shapes": shapes, "sequences": places})
     _put(partial / PART_MANIFEST, text)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync_to_disk(folder.parent)
 
 
 def _put(path: Path, text: str) -> None:
     """Writes a text under a name that is there whole or not at all, on the disk when this returns."""
     partial = path.with_name(f"{_PARTIAL}-{path.name}")
     partial.write_text(text, encoding="utf-8")
-    _sync(partial)
+    sync_to_disk(partial)
     partial.rename(path)
-    _sync(path.parent)
+    sync_to_disk(path.parent)
 
 
 def _as_arrays(states: SparseStates) -> dict[str, np.ndarray]:
@@ -177,15 +177,6 @@ def _as_arrays(states: SparseStates) -> dict[str, np.ndarray]:
         "logprobs": torch.where(states.known, states.support_logprobs, -torch.inf).half().cpu().numpy(),
         "tail": (1.0 - masses.sum(dim=-1)).clamp_min(0.0).float().cpu().numpy(),
     }
-
-
-def _sync(path: Path) -> None:
-    """Returns when a file, or which names a folder has, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class SoftLabels:

@@ -90,8 +90,8 @@ class OnPolicyDistillStage:
         """Draws responses, has them scored by their teachers, updates the student in mini-batches and publishes the new weights.
 
         `examples` are this rank's, as many as every other rank's, and so are `conversations`, which nobody drew: GKD's data that are not
-        the student's. `check_interrupt` is called once the rollouts are there, and where a stop
-        was asked for while a teacher's server was away; what it raises drops them, and no weight has changed.
+        the student's. `check_interrupt` is called once the rollouts are there, and where a stop was asked for while a teacher's server was
+        away; what it raises drops them, and no weight has changed.
         """
         if self.config.prompts == "text":
             check_text_only([(example.id, bool(example.media)) for example in (*examples, *(row.example for row in conversations))])
@@ -171,12 +171,9 @@ class OnPolicyDistillStage:
         budget = self.learner.config.token_budget
         found = []
         for teacher in self.teachers:  # of every rank, also where it has no row: ranks compute together
-            own = [family for row, family in zip(rows, families, strict=True) if self._teacher_of(row.example) is teacher]
+            own = [family for row, family in zip(rows, families, strict=True) if teacher_of(row.example, self.teachers) is teacher]
             found += [(batch, teacher) for batch in self.learner.fill(pack(own, media=self.chat, token_budget=budget))]
         return found
-
-    def _teacher_of(self, example: Example) -> ScoringTeacher:
-        return teacher_of(example, self.teachers)
 
     def _old_logprobs(self, batch: Batch[DrawnTargets]) -> Tensor:
         return self.learner.logprobs(batch, self.distribution).logprobs

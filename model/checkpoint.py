@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .durable import sync_to_disk
 from .records import VlpostError
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def save_checkpoint(
         (partial / _STATE).write_bytes(state_json)
         _seal(partial, {"step": step})
         partial.rename(final)
-        _sync(root)
+        sync_to_disk(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # what cannot be deleted now goes at the next save
         raise CheckpointError(
@@ -254,22 +254,14 @@ def _seal(folder: Path, head: Mapping[str, Any]) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {}
     for path in paths:
-        _sync(path)
+        sync_to_disk(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     (folder / _MANIFEST).write_text(json.dumps({"format": 1, **head, "files": files}, indent=1), encoding="utf-8")
-    _sync(folder / _MANIFEST)
+    sync_to_disk(folder / _MANIFEST)
     for inner in folder.rglob("*"):
         if inner.is_dir():
-            _sync(inner)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_to_disk(inner)
+    sync_to_disk(folder)
 
 
 def _sha256(path: Path) -> str:
@@ -373,7 +365,7 @@ def export_model(
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync_to_disk(folder.parent)
         if old.exists():
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:

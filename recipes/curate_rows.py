@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image as PILImage
 
+from ..model.durable import sync_to_disk
 from ..model.records import DataError, Example, ImagePart, MediaPart, Message, Part, TextPart, ToolCall, VideoPart
 from .curate_query import as_query
 from .curate_step import Candidate, CuratedRow, RowKey
@@ -110,14 +110,9 @@ def write_text(path: Path, text: str) -> None:
 
 def put_in_place(partial: Path, path: Path) -> None:
     """Renames a finished file to its name once its bytes are on the disk."""
-    with partial.open("rb+") as written:
-        os.fsync(written.fileno())
+    sync_to_disk(partial)
     partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_to_disk(path.parent)
 
 
 def png_files(part: MediaPart) -> tuple[bytes, ...]:

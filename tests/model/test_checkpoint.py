@@ -432,7 +432,7 @@ def test_a_disk_that_reports_its_fault_at_a_sync_is_no_success(tmp_path, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(tmp_path, 2)
     assert folders(tmp_path) == ["step-000001"]
