@@ -2,11 +2,12 @@
 
 Both take hidden states and output matrices of policy and reference and give one divergence a token, forward and backward, with gradients
 of the policy's hidden states and matrix, fp32; nothing but the loss is in the time. The naive one is two matrix products, two
-`log_softmax` and `kl_div` (for jsd two of them, to the logarithm of the mixture). It computes four products of tokens x width x ids and
-ours six, as what backward needs is computed again instead of kept. The two are run in turn within one process, the order alternating; the
-value is the median over the rounds of the naive seconds / ours, the lowest of forward, reverse and jsd (beta 0.5) at width 256. CPU
-seconds, which know less of what else the machine does, stand beside it in the rows. A wider row without a bar shows what the two products
-more cost where products are nearly everything. Run: python benchmarks/kl_speed.py [--quick]
+`log_softmax` and `kl_div` (for jsd two of them, to the logarithm of the mixture). Ours is told beforehand, as the learner tells it, what
+weights the positions have in the mean, and makes the gradient together with the values: both compute four products of tokens x width x
+ids. The two are run in turn within one process, the order alternating; the value is the median over the rounds of the naive seconds /
+ours, the lowest of forward, reverse and jsd (beta 0.5) at width 256. CPU seconds, which know less of what else the machine does, stand
+beside it in the rows. Rows without a bar: a wider head, where products are nearly everything; and ours without the weights, so that
+backward computes the logits again, six products. Run: python benchmarks/kl_speed.py [--quick]
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ class Size:
     rounds: int
     kinds: tuple[str, ...]
     has_bar: bool
+    knows_weights: bool = True
 
 
 FULL = (
     Size(tokens=512, width=256, vocabulary=151_936, rounds=5, kinds=("forward", "reverse", "jsd"), has_bar=True),
     Size(tokens=256, width=1024, vocabulary=151_936, rounds=3, kinds=("reverse",), has_bar=False),
+    Size(tokens=512, width=256, vocabulary=151_936, rounds=3, kinds=("reverse",), has_bar=False, knows_weights=False),
 )
 QUICK = (Size(tokens=64, width=64, vocabulary=16_384, rounds=3, kinds=("forward", "reverse", "jsd"), has_bar=True),)
 
@@ -88,7 +91,8 @@ def measure(size: Size, kind: str) -> dict[str, Any]:
         assert head.grad is not None
         return seconds, cpu_seconds, [found.detach(), hidden.grad, head.grad]
 
-    arms = {"ours": partial(OURS[kind], allowed=None, temperature=1.0), "naive": partial(naive, kind=kind)}
+    weights = torch.full((size.tokens,), 1.0 / size.tokens) if size.knows_weights else None
+    arms = {"ours": partial(OURS[kind], allowed=None, temperature=1.0, weights=weights), "naive": partial(naive, kind=kind)}
     values = [run(function)[2] for function in arms.values()]  # also the warm-up
     gap = max(float((mine - other).norm() / other.norm()) for mine, other in zip(*values, strict=True))
     del values

@@ -2,12 +2,14 @@
 
 The reference is a frozen copy of the policy (reinforcement learning) or a teacher (distillation); its hidden states may have another
 width. No [tokens, vocabulary] tensor exists at any time: forward holds the logits of a few positions, as whole rows, for the normalisers
-and then for the divergence; backward computes tiles of them once more. Six matrix products in all, where keeping all logits takes four.
+and then for the divergence. Where the caller says beforehand what weights the positions will have in the loss, forward makes the gradient
+as well while the rows are there: four matrix products in all, as many as where all logits are kept. Otherwise backward computes tiles of
+the logits once more, six products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .logprobs import TOKEN_BLOCK, blocks_of, in_autocast_dtype, product, tile_logits
+from .logprobs import TOKEN_BLOCK, VOCABULARY_BLOCK, blocks_of, in_autocast_dtype, product, tile_logits
 
 # Stands for -inf as the log-prob of an id that may not be drawn: exp of it is 0, and the difference of two of them is 0 and not nan.
 _NO_MASS = -1e4
@@ -61,11 +63,13 @@ class _TokenDivergence(torch.autograd.Function):
         allowed: Tensor | None,
         temperature: float,
         divergence: _Divergence,
+        weights: Tensor | None,
     ) -> Tensor:
         result = torch.zeros(len(hidden), dtype=_arithmetic(hidden), device=hidden.device)
         sum_of_slopes = torch.zeros_like(result)
         log_z, reference_log_z = torch.full_like(result, -torch.inf), torch.full_like(result, -torch.inf)
         policy, reference = (hidden, head, log_z), (reference_hidden, reference_head, reference_log_z)
+        gradient = None if weights is None else _Gradient(hidden, head, trained=ctx.needs_input_grad)
         row_block, _, tile = _block_sizes(hidden.device, len(head))
         buffers = [torch.empty(min(row_block, len(hidden)), len(head), dtype=result.dtype, device=result.device) for _ in range(2)]
         for rows in blocks_of(len(hidden), row_block):
@@ -79,44 +83,87 @@ class _TokenDivergence(torch.autograd.Function):
                     running[rows] = torch.logaddexp(running[rows], logits.logsumexp(dim=-1))
             for columns in all_columns:
                 logits, reference_logits = (row[:, columns] for row in whole)
-                tiles = _distributions(logits, reference_logits, log_z[rows], reference_log_z[rows], _at(allowed, columns))
-                terms, slopes = divergence(*tiles)
+                p, q, log_ratio = _distributions(logits, reference_logits, log_z[rows], reference_log_z[rows], _at(allowed, columns))
+                terms, slopes = divergence(p, q, log_ratio)
                 result[rows] += terms.sum(dim=-1)
                 sum_of_slopes[rows] += slopes.sum(dim=-1)
-        ctx.save_for_backward(hidden, head, reference_hidden, reference_head, log_z, reference_log_z, sum_of_slopes)
+                if gradient is not None:  # the logits are done with: what their gradient is made of takes their place
+                    logits.copy_(slopes)
+                    reference_logits.copy_(p)
+            if gradient is not None:
+                assert weights is not None
+                grad_logits = whole[0].addcmul_(whole[1], sum_of_slopes[rows, None], value=-1.0)
+                gradient.add(grad_logits, rows, slice(0, len(head)), weights[rows])
+        made = () if gradient is None else (gradient.hidden, gradient.head)
+        ctx.save_for_backward(hidden, head, reference_hidden, reference_head, log_z, reference_log_z, sum_of_slopes, weights, *made)
         ctx.allowed, ctx.temperature, ctx.divergence = allowed, temperature, divergence
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # noqa: ANN401
-        hidden, head, reference_hidden, reference_head, log_z, reference_log_z, sum_of_slopes = ctx.saved_tensors
-        hidden_is_trained, head_is_trained, *_ = ctx.needs_input_grad
-        grad = grad_output / ctx.temperature
-        grad_hidden = torch.zeros(hidden.shape, dtype=_arithmetic(hidden), device=hidden.device) if hidden_is_trained else None
-        grad_head = torch.zeros(head.shape, dtype=_arithmetic(hidden), device=head.device) if head_is_trained else None
-        _, token_block, tile = _block_sizes(hidden.device, len(head))
-        for rows in blocks_of(len(hidden), token_block):
-            weighted_hidden = (hidden[rows] * grad[rows, None]).to(hidden.dtype)
-            for columns in blocks_of(len(head), max(1, tile // len(hidden[rows]))):
-                logits = tile_logits(hidden[rows], head[columns], None, columns, ctx.temperature)
-                reference_logits = tile_logits(reference_hidden[rows], reference_head[columns], None, columns, ctx.temperature)
-                p, q, log_ratio = _distributions(logits, reference_logits, log_z[rows], reference_log_z[rows], _at(ctx.allowed, columns))
-                _, slopes = ctx.divergence(p, q, log_ratio)
-                # Not yet weighted: the incoming number a position is cheaper to multiply into the hidden states than into tiles.
-                grad_logits = slopes.addcmul_(p, sum_of_slopes[rows, None], value=-1.0).to(hidden.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[rows] += product(grad_logits, head[columns].to(hidden.dtype))
-                if grad_head is not None:
-                    grad_head[columns] += product(grad_logits.T, weighted_hidden)
-            if grad_hidden is not None:
-                grad_hidden[rows] *= grad[rows, None]
-        grads = [None if part is None else part.to(like.dtype) for part, like in ((grad_hidden, hidden), (grad_head, head))]
-        return *grads, None, None, None, None, None
+        hidden, head, reference_hidden, reference_head, log_z, reference_log_z, sum_of_slopes, weights, *made = ctx.saved_tensors
+        factor = None if weights is None else _common_factor(grad_output, weights)
+        if factor is None:
+            weights, factor = grad_output, 1.0
+            gradient = _Gradient(hidden, head, trained=ctx.needs_input_grad)
+            _, token_block, tile = _block_sizes(hidden.device, len(head))
+            for rows in blocks_of(len(hidden), token_block):
+                for columns in blocks_of(len(head), max(1, tile // len(hidden[rows]))):
+                    logits = tile_logits(hidden[rows], head[columns], None, columns, ctx.temperature)
+                    reference_logits = tile_logits(reference_hidden[rows], reference_head[columns], None, columns, ctx.temperature)
+                    tiles = _distributions(logits, reference_logits, log_z[rows], reference_log_z[rows], _at(ctx.allowed, columns))
+                    _, slopes = ctx.divergence(*tiles)
+                    gradient.add(slopes.addcmul_(tiles[0], sum_of_slopes[rows, None], value=-1.0), rows, columns, weights[rows])
+            made = gradient.hidden, gradient.head
+        grad_hidden, grad_head = made
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * (grad_output / ctx.temperature)[:, None]).to(hidden.dtype)
+        if grad_head is not None:
+            grad_head = (grad_head * (factor / ctx.temperature)).to(head.dtype)
+        return grad_hidden, grad_head, None, None, None, None, None, None
+
+
+class _Gradient:
+    """The gradient of hidden states and head, summed up over tiles; not yet divided by the temperature."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, *, trained: Sequence[bool]) -> None:
+        self.policy = hidden, head
+        self.hidden = torch.zeros(hidden.shape, dtype=_arithmetic(hidden), device=hidden.device) if trained[0] else None
+        """[N, H], of a sum in which every position has the weight 1: what it really has is multiplied in at the end."""
+        self.head = torch.zeros(head.shape, dtype=_arithmetic(hidden), device=head.device) if trained[1] else None
+        """[V, H]"""
+
+    def add(self, grad_logits: Tensor, rows: slice, columns: slice, weights: Tensor) -> None:
+        """Adds what comes from the logits [n, v] of some positions and ids; `weights` [n] are those of the positions in the sum."""
+        hidden, head = self.policy
+        grad_logits = grad_logits.to(hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] += product(grad_logits, head[columns].to(hidden.dtype))
+        if self.head is not None:
+            # Weights are cheaper to multiply into hidden states than into the tile.
+            weighted = (hidden[rows] * weights[:, None]).to(hidden.dtype)
+            for ids in blocks_of(len(head[columns]), VOCABULARY_BLOCK):
+                self.head[columns][ids] += product(grad_logits[:, ids].T, weighted)
+
+
+def _common_factor(grad_output: Tensor, weights: Tensor) -> float | None:
+    """Returns c where grad_output = c * weights to within rounding, else None."""
+    squares = float(weights.double().square().sum())
+    factor = float((grad_output.double() * weights).sum()) / squares if squares else 0.0
+    largest = float((grad_output.double() - factor * weights).abs().max()) if len(weights) else 0.0
+    return factor if largest <= 4 * torch.finfo(grad_output.dtype).eps * abs(factor) * float(weights.abs().max()) else None
 
 
 def token_kl(
-    hidden: Tensor, head: Tensor, reference_hidden: Tensor, reference_head: Tensor, *, allowed: Tensor | None, temperature: float
+    hidden: Tensor,
+    head: Tensor,
+    reference_hidden: Tensor,
+    reference_head: Tensor,
+    *,
+    allowed: Tensor | None,
+    temperature: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Returns KL(policy || reference) of the next-token distribution at each position, [N] nats: the reverse KL.
 
@@ -125,14 +172,24 @@ def token_kl(
     the same ids; `allowed` is [V] bool or None for the whole vocabulary. Arithmetic is in fp32 (fp64 for fp64 inputs); values are 0 or
     more, but for rounding of about 1e-7.
 
+    `weights` [N] says what the loss will multiply each position with, up to one factor for all: backward is then nearly free. It changes
+    no value and no gradient; a loss that does otherwise gets its gradient at the price of having left them out.
+
     Only `hidden` and `head` get a gradient: d KL / d logit = p (log p - log q - KL) / temperature. There is no second derivative.
     Raises `ValueError` where positions or ids do not pair up.
     """
-    return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, _reverse_kl)
+    return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, _reverse_kl, weights)
 
 
 def token_forward_kl(
-    hidden: Tensor, head: Tensor, reference_hidden: Tensor, reference_head: Tensor, *, allowed: Tensor | None, temperature: float
+    hidden: Tensor,
+    head: Tensor,
+    reference_hidden: Tensor,
+    reference_head: Tensor,
+    *,
+    allowed: Tensor | None,
+    temperature: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Returns KL(reference || policy) of the next-token distribution at each position, [N] nats: the forward KL.
 
@@ -140,7 +197,7 @@ def token_forward_kl(
     respect to the policy's logits is (p - q) / temperature. Distilling a teacher, it covers the teacher's modes, where the reverse KL
     seeks one of them (GKD, arXiv:2306.13649).
     """
-    return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, _forward_kl)
+    return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, _forward_kl, weights)
 
 
 def token_jsd(
@@ -152,6 +209,7 @@ def token_jsd(
     beta: float,
     allowed: Tensor | None,
     temperature: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Returns the generalised Jensen-Shannon divergence of the next-token distributions at each position, [N] nats.
 
@@ -165,7 +223,7 @@ def token_jsd(
             f"beta = {beta!r}: must be strictly between 0 and 1, at both ends the divergence is 0 whatever the policy is; for its limits "
             "take token_forward_kl (beta to 0) or token_kl (beta to 1)"
         )
-    return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, partial(_jsd, beta=beta))
+    return _token_divergence(hidden, head, reference_hidden, reference_head, allowed, temperature, partial(_jsd, beta=beta), weights)
 
 
 def _token_divergence(
@@ -176,6 +234,7 @@ def _token_divergence(
     allowed: Tensor | None,
     temperature: float,
     divergence: _Divergence,
+    weights: Tensor | None,
 ) -> Tensor:
     if len(hidden) != len(reference_hidden):
         raise ValueError(
@@ -186,10 +245,15 @@ def _token_divergence(
             f"head of {len(head)} ids and reference head of {len(reference_head)}: row by row they must stand for the same ids; where one "
             "is only padded further, cut it to the other's rows and allow no id beyond the tokenizer's"
         )
+    if weights is not None and weights.shape != hidden.shape[:1]:
+        raise ValueError(f"weights of shape {tuple(weights.shape)} for {len(hidden)} positions: give one for each")
+    if weights is not None:
+        is_trained = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+        weights = weights.detach().to(hidden.device, _arithmetic(hidden)) if is_trained else None
     # Detached here, else a trained reference would make the result require a gradient that backward does not give.
     hidden, fixed = in_autocast_dtype(hidden), (in_autocast_dtype(reference_hidden.detach()), reference_head.detach())
     with torch.autocast(hidden.device.type, enabled=False):  # backward runs outside of autocast and must compute the same products
-        return _TokenDivergence.apply(hidden, head, *fixed, allowed, temperature, divergence)  # pyright: ignore[reportReturnType]
+        return _TokenDivergence.apply(hidden, head, *fixed, allowed, temperature, divergence, weights)  # pyright: ignore[reportReturnType]
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:
@@ -200,10 +264,10 @@ def _arithmetic(hidden: Tensor) -> torch.dtype:
 def _block_sizes(device: torch.device, num_ids: int) -> tuple[int, int, int]:
     """Returns the positions whose whole rows of logits forward holds, the positions of a tile in backward, and the elements of a tile.
 
-    Forward's rows take 128 MiB a model on a CPU and 256 MiB elsewhere. On a CPU a tile of 1 MiB stays in the cache; elsewhere it is large
+    Forward's rows take 128 MiB a model on a CPU and 256 MiB elsewhere. On a CPU a tile of 2 MiB stays in the cache; elsewhere it is large
     enough to make launches cheap. Measured by `benchmarks/kl_speed.py`, on a CPU alone.
     """
-    row_elements, token_block, tile = (2**25, 512, 2**18) if device.type == "cpu" else (2**26, TOKEN_BLOCK, 2**25)
+    row_elements, token_block, tile = (2**25, 512, 2**19) if device.type == "cpu" else (2**26, TOKEN_BLOCK, 2**25)
     return max(1, row_elements // num_ids), token_block, tile
 
 

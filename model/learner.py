@@ -102,6 +102,7 @@ def batch_logprobs(
             reference_head[:rows],
             allowed=_first(distribution.allowed, rows=rows, of=max(len(head), len(reference_head))),
             temperature=distribution.temperature,
+            weights=batch.token_weights,
         )
     return TokenLogprobs(logprobs=logprobs, entropy=entropy, divergence=found)
 

@@ -56,8 +56,9 @@ def check_parity(
     distribution: Distribution,
     config: ParityConfig,
     seed: int,
+    drawn: Sequence[tuple[Rollout, ...]] | None = None,
 ) -> ParityReport:
-    """Draws two responses to each (name, prompt) and compares; returns the gaps or raises `ParityError`, on every rank when on one.
+    """Draws two responses to each (name, prompt), or takes the conversations `drawn` from them, and compares; returns the gaps or raises `ParityError`, on every rank when on one.
 
     Exact: prompt ids after expansion, 3-D positions against transformers' `get_rope_index`, image and video counts. Log-probs of the
     sampled tokens: in float32 each within `config.max_abs_gap` nats, in bfloat16 all of them together within `config.bfloat16`.
@@ -73,9 +74,14 @@ def check_parity(
         )
         for place, prompt in prompts
     ]
-    groups = sampler.sample(requests)
+    groups = sampler.sample(requests) if drawn is None else list(drawn)
     families = [[_weighted(place, rollout) for rollout in rollouts] for (place, _), rollouts in zip(prompts, groups, strict=True)]
-    wrong = _wrong_media(prompts, groups, chat) or _wrong_positions([family[0].sequence for family in families], learner, chat)
+    wrong = _wrong_media(prompts, groups, chat) or _wrong_positions(
+        # Responses to one prompt have the prompt's positions; a conversation has images of its own.
+        [one.sequence for family in families for one in (family if drawn is not None else family[:1])],
+        learner,
+        chat,
+    )
     _raise_together(ranks, wrong)
     comparisons = [
         comparison
@@ -114,10 +120,11 @@ def _wrong_media(prompts: Sequence[tuple[str, EncodedPrompt]], groups: Sequence[
         for rollout in rollouts:
             if rollout.token_ids[: len(prompt.token_ids)] != prompt.token_ids:
                 return f"{place}: the engine answered another prompt than the learner trains on"
-            if rollout.media != prompt.media:
-                return f"{place}: {len(rollout.media)} images and videos in the rollout, {len(prompt.media)} in the prompt"
-            drawn = [token for token, sampled in zip(rollout.token_ids, rollout.sampled, strict=True) if sampled]
-            stray = [token for token in drawn if token in chat.vision_token_ids]
+            num_shown = len(prompt.media) + sum(answer.num_images for turn in rollout.turns for answer in turn.answers)
+            if rollout.media[: len(prompt.media)] != prompt.media or len(rollout.media) != num_shown:
+                return f"{place}: {len(rollout.media)} images and videos in the rollout, {num_shown} in the prompt and from tools"
+            written = [token for token, sampled in zip(rollout.token_ids, rollout.sampled, strict=True) if sampled]
+            stray = [token for token in written if token in chat.vision_token_ids]
             if stray:
                 return f"{place}: the engine sampled vision token {stray[0]}: the allowed ids did not reach it"
     return None

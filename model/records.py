@@ -25,6 +25,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 FinishReason = Literal["stop", "length"]
 """`stop`: the policy wrote an end token; `length`: the token budget cut it off."""
+Ending = Literal["one_turn", "answered", "length", "turns", "context", "unavailable"]
+"""How a conversation with tools ended; `one_turn`: there was none, and the finish reason says it all. `answered`: a turn called nothing.
+Cut off, with the finish reason `length`: a turn by its tokens (`length`), a policy that still called in its last turn (`turns`), a tool's
+answer that would not fit the context (`context`). `unavailable`: a tool broke, which says nothing about the policy."""
 TimeFormat = Literal["seconds", "clock"]
 """How a video's times are written: `<3.0 seconds>` or h:mm:ss, `<0:00:03>`."""
 
@@ -230,6 +234,37 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ToolAnswer:
+    """What a tool answered to a block of a turn: `ToolAnswer(text="7", num_images=0, is_error=False)`."""
+
+    text: str
+    """As the policy read it."""
+    num_images: int
+    """Images behind the text; they are the next ones of the rollout's media."""
+    is_error: bool
+    """True when the text says why there is no result."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What the policy wrote in one turn of a conversation with tools, and what it was answered.
+
+    Example: a turn that zooms in once has one call and one answer with one image; the turn that answers has neither.
+    """
+
+    text: str
+    """All that it wrote, calls included."""
+    prompt_suffix: str
+    """What the chat template wrote after the assistant header."""
+    words: str
+    """The text before the first call, trimmed; thinking included."""
+    calls: tuple[ToolCall, ...]
+    """Those that are calls as the format has it, in order."""
+    answers: tuple[ToolAnswer, ...]
+    """One for each call and each broken one, in order; none where the conversation ended with this turn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One response as the engine drew it: prompt and response as one flat token sequence.
 
@@ -246,12 +281,18 @@ class Rollout:
     media: tuple[MediaPart, ...]
     """Images and videos in the order of their placeholders."""
     text: str
-    """The sampled tokens as text, special tokens left out."""
+    """The sampled tokens as text, special tokens left out; of a conversation with tools, its last turn, by which the answer is judged:
+    empty where it was cut off before it answered (`turns`, `context`)."""
     prompt_suffix: str
     """What the chat template wrote after the assistant header, e.g. an opening think tag; empty for Instruct."""
     finish_reason: FinishReason
     policy_version: int
-    """Number of optimizer updates in the weights that drew it."""
+    """Number of optimizer updates in the weights that drew it; of several turns, the smallest."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation with tools, in order; none of any other response."""
+    ending: Ending = "one_turn"
+    reason: str = ""
+    """What broke, where the ending is `unavailable`."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.sampled), len(self.sampler_logprobs)}
@@ -266,6 +307,16 @@ class Rollout:
     def num_sampled_tokens(self) -> int:
         """Length of the response in tokens."""
         return sum(self.sampled)
+
+    @property
+    def num_tool_calls(self) -> int:
+        """Calls that a tool answered with a result."""
+        return sum(not answer.is_error for turn in self.turns for answer in turn.answers)
+
+    @property
+    def num_tool_errors(self) -> int:
+        """Calls, or what was meant for one, that got words instead of a result."""
+        return sum(answer.is_error for turn in self.turns for answer in turn.answers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

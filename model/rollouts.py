@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from .chat import Chat
 from .metrics import Metric, maximum, mean, total
 from .packing import Targets
 from .records import Example, Group, Rollout, TrainSequence
 from .sampler import Sampler, SampleRequest
+
+
+class Drawing(Protocol):
+    """How a stage draws: with engine and prompts bound, `draw_groups`, or conversations with tools (`rl.agent.draw_conversations`)."""
+
+    def __call__(
+        self, examples: Sequence[Example], *, num_rollouts: int, temperature: float, seed_of: Callable[[Example], int]
+    ) -> list[Group]:
+        """Returns a group of `num_rollouts` responses to each example, in order; its seed decides all that is drawn for an example."""
+        ...
 
 
 def draw_groups(
@@ -58,6 +69,22 @@ def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
         "truncated_frac": mean(sum(rollout.finish_reason == "length" for rollout in rollouts) / count, count),
         "response_tokens": mean(sum(lengths) / count, count),
         "response_tokens_max": maximum(max(lengths)),
+    }
+
+
+def conversation_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
+    """Returns turns, calls with a result and calls with words instead, each a mean over conversations with tools, and the shares of those
+    that were cut off for their turns or their context, or that a broken tool ended; nothing where none was drawn."""
+    conversations = [rollout for rollout in rollouts if rollout.turns]
+    count = len(conversations)
+    if not count:
+        return {}
+    endings = Counter(rollout.ending for rollout in conversations)
+    return {
+        "turns": mean(sum(len(rollout.turns) for rollout in conversations) / count, count),
+        "tool_calls": mean(sum(rollout.num_tool_calls for rollout in conversations) / count, count),
+        "tool_errors": mean(sum(rollout.num_tool_errors for rollout in conversations) / count, count),
+        **{f"ended_{ending}_frac": mean(endings[ending] / count, count) for ending in ("turns", "context", "unavailable")},
     }
 
 

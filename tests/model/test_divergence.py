@@ -388,3 +388,68 @@ def test_the_jsd_lies_between_zero_and_the_entropy_of_its_weights_and_is_symmetr
 def test_a_jsd_that_is_zero_whatever_the_policy_is_is_refused(beta):
     with pytest.raises(ValueError, match="must be strictly between 0 and 1"):
         token_jsd(*random_inputs(), beta=beta, allowed=None, temperature=1.0)
+
+
+def gradients_of(divergence, inputs, weights, *, of_loss, allowed=ALLOWED, temperature=0.7):
+    """Returns values and both gradients of the weighted sum; `weights` are what the divergence is told of it."""
+    hidden, head = inputs[0].detach().clone().requires_grad_(), inputs[1].detach().clone().requires_grad_()
+    values = divergence(hidden, head, *inputs[2:], allowed=allowed, temperature=temperature, weights=weights)
+    (of_loss * values).sum().backward()
+    return values.detach(), hidden.grad, head.grad
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_are_told_beforehand_change_nothing(divergence, factor, dtype):
+    inputs = [part.to(dtype) for part in random_inputs(seed=4)]
+    weights = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    weights[2] = 0.0
+    for told in (weights, weights * 3.0):
+        found = gradients_of(divergence, inputs, told, of_loss=factor * weights)
+        expected = gradients_of(divergence, inputs, None, of_loss=factor * weights)
+        for mine, plain in zip(found, expected, strict=True):
+            assert (mine - plain).norm() <= 20 * torch.finfo(dtype).eps * plain.norm()
+
+
+def test_backward_takes_no_product_where_the_weights_were_told(divergence, monkeypatch):
+    inputs, weights = random_inputs(), torch.rand(TOKENS, generator=torch.Generator().manual_seed(1))
+    values = divergence(*inputs, allowed=None, temperature=1.0, weights=weights)
+
+    def refuse(*_):
+        raise AssertionError("the gradient was made already")
+
+    monkeypatch.setattr(divergence_module, "product", refuse)
+    monkeypatch.setattr(divergence_module, "tile_logits", refuse)
+    (values * weights * 0.5).sum().backward(retain_graph=True)
+    assert inputs[0].grad.norm() > 0
+    with pytest.raises(AssertionError, match="made already"):
+        (values * weights.flip(0)).sum().backward()
+
+
+def test_a_loss_with_other_weights_than_were_told_has_its_own_gradient(divergence):
+    inputs = random_inputs(seed=5)
+    told, real = torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(2))
+    found = gradients_of(divergence, inputs, told, of_loss=real)
+    for mine, plain in zip(found, gradients_of(divergence, inputs, None, of_loss=real), strict=True):
+        assert torch.equal(mine, plain)
+    one_off = told.clone()
+    one_off[3] *= 1.001
+    found, plain = (gradients_of(divergence, inputs, weights, of_loss=one_off)[2] for weights in (told, None))
+    assert (found - plain).norm() <= 1e-6 * plain.norm()
+
+
+def test_without_a_gradient_none_is_made(divergence, monkeypatch):
+    set_blocks(monkeypatch, 16, 16)
+    inputs, weights = random_inputs(num_tokens=64, vocabulary=128), torch.ones(64)
+    with torch.no_grad(), LargestTensor() as seen:
+        divergence(*inputs, allowed=None, temperature=1.0, weights=weights)
+    assert seen.elements == 2 * 16 * 16
+    with LargestTensor() as seen:
+        divergence(*inputs, allowed=None, temperature=1.0, weights=weights)
+    assert seen.elements == 128 * WIDTH
+
+
+def test_weights_of_other_positions_are_refused(divergence):
+    with pytest.raises(ValueError, match=r"weights of shape \(3,\) for 7 positions: give one for each"):
+        divergence(*random_inputs(), allowed=None, temperature=1.0, weights=torch.ones(3))
