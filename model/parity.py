@@ -58,7 +58,9 @@ def check_parity(
     seed: int,
     drawn: Sequence[tuple[Rollout, ...]] | None = None,
 ) -> ParityReport:
-    """Draws two responses to each (name, prompt), or takes the conversations `drawn` from them, and compares; returns the gaps or raises `ParityError`, on every rank when on one.
+    """Draws two responses to each (name, prompt) and compares; returns the gaps or raises `ParityError`, on every rank when on one.
+
+    `drawn` are conversations with tools that were drawn from the prompts and are compared instead.
 
     Exact: prompt ids after expansion, 3-D positions against transformers' `get_rope_index`, image and video counts. Log-probs of the
     sampled tokens: in float32 each within `config.max_abs_gap` nats, in bfloat16 all of them together within `config.bfloat16`.

@@ -69,6 +69,22 @@ class DifficultyConfig(Settings):
     """A candidate with at least this value counts as right; 1.0 is a verifier's full value at weight 1."""
 
 
+class ToolTargetConfig(Settings):
+    """`tool_target`: writes `metadata.target_calls`, the fewest tool calls with which a model's conversations, judged by `verify`, solved
+    the row. The reports say that a target is estimated offline, not how: this, and the defaults, are our choice.
+    """
+
+    use: Literal["tool_target"]
+    model: str
+    """The name that the conversations bear."""
+    solved_reward: float = 1.0
+    """A conversation with at least this value counts as right."""
+    min_solved: int = Field(default=1, ge=1)
+    """Right conversations that a row must have; with fewer it is dropped."""
+    quantile: Share = 0.0
+    """Which of the right conversations, ordered by calls, sets the target: 0 the one with the fewest, 0.5 the median, 1 the most."""
+
+
 class ResponseFilterConfig(Settings):
     """`response_filter`: rules for responses. A candidate that breaks one goes; a row that had candidates and has none left is dropped.
 
@@ -175,6 +191,7 @@ StepConfig = Annotated[
     | GenerateConfig
     | VerifyConfig
     | DifficultyConfig
+    | ToolTargetConfig
     | ImageNecessityConfig
     | ResponseFilterConfig
     | ResponseJudgeConfig
@@ -226,6 +243,8 @@ class CurateRecipe(Settings):
             if isinstance(step, DifficultyConfig) and not set(step.models) <= named:
                 unknown = sorted(set(step.models) - named)[0]
                 raise ValueError(f"steps.{name}.models names {unknown!r}: no `generate` step before it has it; there are {sorted(named)}")
+            if isinstance(step, ToolTargetConfig) and step.model not in named:
+                raise ValueError(f"steps.{name}.model = {step.model!r}: no `generate` step before it has it; there are {sorted(named)}")
             splits = [key for key, earlier in self.steps.items() if isinstance(earlier, SplitConfig)]
             if len(splits) > 1:
                 raise ValueError(f"steps {splits[0]} and {splits[1]} both split: the second would undo the first; take one out")

@@ -133,22 +133,33 @@ def response_rollouts(row: CuratedRow) -> tuple[Rollout, ...]:
     return tuple(
         _rollout(
             candidate.text, row, prompt_suffix=candidate.prompt_suffix, finish_reason=candidate.finish_reason,
-            num_tokens=candidate.num_tokens, number=number,
+            num_tokens=candidate.num_tokens, number=number, conversation=candidate,
         )
         for number, candidate in enumerate(row.candidates)
     )  # fmt: skip
 
 
-def _rollout(text: str, row: CuratedRow, *, prompt_suffix: str, finish_reason: str, num_tokens: int, number: int) -> Rollout:
+def _rollout(
+    text: str,
+    row: CuratedRow,
+    *,
+    prompt_suffix: str,
+    finish_reason: str,
+    num_tokens: int,
+    number: int,
+    conversation: Candidate | None = None,
+) -> Rollout:
     return Rollout(
         token_ids=(0,) * num_tokens,  # rewards may count them; nobody reads which they are
         sampled=(True,) * num_tokens,
         sampler_logprobs=(0.0,) * num_tokens,
-        media=as_query(row.example).media,
+        media=as_query(row.example).media + (conversation.media if conversation else ()),
         text=text,
         prompt_suffix=prompt_suffix,
         finish_reason="length" if finish_reason == "length" else "stop",
         policy_version=number,
+        turns=conversation.turns if conversation else (),
+        ending=conversation.ending if conversation else "one_turn",
     )
 
 

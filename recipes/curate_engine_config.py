@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from ..model.config import DType, SamplerConfig, Settings
 from ..rewards.config import RewardsConfig
 from ..rewards.judge_config import JudgeConfig
+from ..rl.tools_config import AgentConfig
 
 ResponseAxis = Literal["correctness", "completeness", "clarity", "helpfulness", "visual_evidence"]
 """What a response is scored on, 1 to 5 each (Qwen3-VL report, section 4.2.1; the scale is our choice)."""
@@ -48,6 +49,19 @@ class GenerateConfig(Settings):
     use: Literal["generate"]
     models: dict[str, CandidateModel] = Field(min_length=1)
     """By the name that the candidates bear; only one is in memory at a time."""
+    agent: AgentConfig | None = None
+    """Conversations with tools in place of one response, of all models. What a tool broke in is left out."""
+
+    @model_validator(mode="after")
+    def _agent_fits_the_engines(self) -> GenerateConfig:
+        for name, model in self.models.items():
+            room = model.sampler.max_images_per_prompt
+            if self.agent is not None and self.agent.max_images > room:
+                raise ValueError(
+                    f"agent.max_images = {self.agent.max_images} is above models.{name}.sampler.max_images_per_prompt = {room}, which "
+                    "counts those of the query too: raise the latter, or lower the former"
+                )
+        return self
 
 
 class ImageNecessityConfig(Settings):

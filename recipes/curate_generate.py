@@ -24,9 +24,11 @@ from ..model.loading import SUPPORTED_MODEL_TYPES, load_processor
 from ..model.records import DataError, Example, ImagePart, Message, Rollout, TextPart
 from ..model.sampler import SampleRequest, VllmSampler, request_seed
 from ..rewards.answers import THINK_CLOSE, THINK_OPEN
+from ..rl.agent import Agent, Conversation, continue_together
 from .curate_engine_config import EngineModel, GenerateConfig
 from .curate_query import query_messages
 from .curate_step import Candidate, CuratedRow, StepContext, StepResult
+from .drawing import open_agent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +126,9 @@ class Engines:
         self._opened.close()
 
 
-def draw(engine: Engine, asked: Sequence[Asked]) -> list[tuple[Rollout, ...] | str]:
-    """Returns a rollout for each seed of each row, in order, or why the row cannot be asked."""
+def draw(engine: Engine, asked: Sequence[Asked], agent: Agent | None = None) -> list[tuple[Rollout, ...] | str]:
+    """Returns a rollout for each seed of each row, in order, or why the row cannot be asked; with an agent, whole conversations."""
+    encode_prompt = engine.chat.encode_prompt if agent is None else agent.encode_prompt
     requests: list[SampleRequest] = []
     problems: dict[int, str] = {}
     for index, of_row in enumerate(asked):
@@ -133,7 +136,7 @@ def draw(engine: Engine, asked: Sequence[Asked]) -> list[tuple[Rollout, ...] | s
             problems[index] = "query cannot be asked: the row has no message before the assistant's"
             continue
         try:
-            prompt = engine.chat.encode_prompt(of_row.messages)
+            prompt = encode_prompt(of_row.messages)
         except (DataError, TemplateError) as error:
             problems[index] = f"query cannot be asked: {error}"
             continue
@@ -146,8 +149,21 @@ def draw(engine: Engine, asked: Sequence[Asked]) -> list[tuple[Rollout, ...] | s
         requests += [
             SampleRequest(place=of_row.place, prompt=prompt, num_rollouts=1, seed=seed, temperature=temperature) for seed in of_row.seeds
         ]
-    drawn = iter(engine.sampler.sample(requests) if requests else ())
+    drawn = iter(_whole(engine, requests, agent) if requests else ())
     return [problems[index] if index in problems else tuple(next(drawn)[0] for _ in of_row.seeds) for index, of_row in enumerate(asked)]
+
+
+def _whole(engine: Engine, requests: Sequence[SampleRequest], agent: Agent | None) -> list[tuple[Rollout, ...]]:
+    """Returns what is drawn for requests of one rollout each: with an agent, carried to the end of the conversation."""
+    first = engine.sampler.sample(requests)
+    if agent is None:
+        return first
+    conversations = [Conversation(agent, request.prompt, place=request.place) for request in requests]
+    for conversation, (rollout,) in zip(conversations, first, strict=True):
+        conversation.receive(rollout)
+    numbered = [(request.seed, 0, conversation) for request, conversation in zip(requests, conversations, strict=True)]
+    continue_together(numbered, sampler=engine.sampler, temperature=engine.limits.temperature)
+    return [(conversation.rollout(),) for conversation in conversations]
 
 
 def prompt_problem(prompt: EncodedPrompt, limits: SamplerConfig) -> str | None:
@@ -176,16 +192,18 @@ class GenerateStep:
     def open(self, context: StepContext) -> Iterator[OpenGenerate]:
         """Yields the step; an engine starts when the first shard needs it."""
         with Engines(self._config.models, open_engine=self._open_engine) as engines:
-            yield OpenGenerate(self._config, engines=engines, seed=context.seed)
+            yield OpenGenerate(self._config, engines=engines, context=context)
 
 
 class OpenGenerate:
     """Draws candidates."""
 
-    def __init__(self, config: GenerateConfig, *, engines: Engines, seed: int) -> None:
+    def __init__(self, config: GenerateConfig, *, engines: Engines, context: StepContext) -> None:
         self._config = config
         self._engines = engines
-        self._seed = seed
+        self._context = context
+        self._seed = context.seed
+        self._tools: tuple[str, ...] = ()
 
     def run(self, rows: Sequence[CuratedRow], *, shard: int) -> StepResult:
         """Returns the rows with new candidates behind their old ones, by model in the recipe's order.
@@ -204,7 +222,7 @@ class OpenGenerate:
                 )
                 for row in rows
             ]
-            drawn[name] = draw(self._engines.use(name), asked)
+            drawn[name] = self._draw(self._engines.use(name), asked)
         kept, dropped = [], []
         metrics: Counter[str] = Counter()
         for index, row in enumerate(rows):
@@ -216,12 +234,33 @@ class OpenGenerate:
             for name in self._config.models:
                 for number, rollout in enumerate(drawn[name][index]):
                     assert isinstance(rollout, Rollout), "rows that could not be asked were dropped above"
-                    candidates.append(as_candidate(rollout, model=name, seed=candidate_seed(self._seed, name, row.example, number)))
+                    if rollout.ending == "unavailable":
+                        metrics[f"unavailable/{name}"] += 1
+                        continue
+                    candidate = as_candidate(rollout, model=name, seed=candidate_seed(self._seed, name, row.example, number))
+                    num_shown = sum(answer.num_images for turn in rollout.turns for answer in turn.answers)
+                    shown = rollout.media[len(rollout.media) - num_shown :]
+                    candidates.append(replace(candidate, media=shown, tools=self._tools if rollout.turns else ()))
+                    if rollout.turns:
+                        metrics[f"tool_calls/{name}"] += rollout.num_tool_calls
+                        metrics[f"tool_errors/{name}"] += rollout.num_tool_errors
                     metrics[f"candidates/{name}"] += 1
                     metrics[f"tokens/{name}"] += rollout.num_sampled_tokens
                     metrics[f"truncated/{name}"] += rollout.finish_reason == "length"
+            if not candidates:
+                dropped.append((row.example.id, "a tool broke: in every conversation about the row"))
+                continue
             kept.append(replace(row, candidates=tuple(candidates)))
         return StepResult(rows=tuple(kept), dropped=tuple(dropped), metrics=dict(metrics))
+
+    def _draw(self, engine: Engine, asked: Sequence[Asked]) -> list[tuple[Rollout, ...] | str]:
+        config = self._config.agent
+        if config is None:
+            return draw(engine, asked)
+        folder, allow_code = self._context.recipe_folder, self._context.allow_code
+        with open_agent(config, chat=engine.chat, limits=engine.limits, recipe_folder=folder, allow_code=allow_code) as agent:
+            self._tools = agent.descriptions
+            return draw(engine, asked, agent)
 
 
 def candidate_seed(run_seed: int, model: str, example: Example, number: int) -> int:
@@ -238,4 +277,6 @@ def as_candidate(rollout: Rollout, *, model: str, seed: int) -> Candidate:
         num_tokens=rollout.num_sampled_tokens,
         model=model,
         seed=seed,
+        turns=rollout.turns,
+        ending=rollout.ending,
     )

@@ -16,7 +16,7 @@ import pyarrow as pa
 from ..model.records import ImagePart, Part, TextPart
 from .curate_card import cut_off_words, printed_histograms, write_card
 from .curate_config import CurateRecipe
-from .curate_rows import Pixels, as_conversations, png_files, read_shard, row_text, write_table, write_text
+from .curate_rows import Pixels, as_conversations, png_files, read_shard, row_text, writable_candidates, write_table, write_text
 from .curate_step import CuratedRow
 from .show import flat_values
 
@@ -173,7 +173,7 @@ def _write_files(recipe: CurateRecipe, shard: Path, *, place: int, folder: Path,
         }  # fmt: skip
     if recipe.write == "rows":
         return 0
-    return sum(candidate.finish_reason == "length" for row in read.rows for candidate in row.candidates[: recipe.max_per_query])
+    return sum(candidate.finish_reason == "length" for row in read.rows for candidate in writable_candidates(row)[: recipe.max_per_query])
 
 
 def _columns(row: CuratedRow, pixels: Pixels) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from .curate_config import (
     ResponseFilterConfig,
     SplitConfig,
     StepConfig,
+    ToolTargetConfig,
     VerifyConfig,
 )
 from .curate_difficulty import DifficultyStep, VerifyStep
@@ -22,12 +23,15 @@ from .curate_engine_config import GenerateConfig, ImageNecessityConfig, QueryFil
 from .curate_rules import ResponseFilterStep
 from .curate_shares import MixStep, SplitStep
 from .curate_step import Step
+from .curate_tool_target import ToolTargetStep
 
 Order = Literal["any", "ordered", "whole"]
 """What a verdict depends on: the row's own shard, the shards before it too (`OrderedStep`), the whole data set (`WholeStep`)."""
 
 
-OwnConfig: TypeAlias = VerifyConfig | DifficultyConfig | ResponseFilterConfig | DedupeConfig | DecontaminateConfig | MixConfig | SplitConfig
+OwnConfig: TypeAlias = (
+    VerifyConfig | DifficultyConfig | ToolTargetConfig | ResponseFilterConfig | DedupeConfig | DecontaminateConfig | MixConfig | SplitConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +82,8 @@ def _own_step(config: OwnConfig) -> tuple[Step, Order, bool]:
             return VerifyStep(config), "any", True
         case DifficultyConfig():
             return DifficultyStep(config), "any", False
+        case ToolTargetConfig():
+            return ToolTargetStep(config), "any", False
         case ResponseFilterConfig():
             return ResponseFilterStep(config), "any", False
         case DedupeConfig():

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 from PIL import Image as PILImage
 
 from ..model.durable import sync_to_disk
-from ..model.records import DataError, Example, ImagePart, MediaPart, Message, Part, TextPart, ToolCall, VideoPart
+from ..model.records import DataError, Example, ImagePart, MediaPart, Message, Part, TextPart, ToolAnswer, ToolCall, Turn, VideoPart
+from ..rl.tool import describe_tools
+from ..rl.tool_calls import parse_turn
 from .curate_query import as_query
 from .curate_step import Candidate, CuratedRow, RowKey
 
@@ -46,7 +48,7 @@ def row_text(row: CuratedRow) -> str:
         "id": example.id,
         "messages": [_described_message(message) for message in example.messages],
         **{field.name: getattr(example, field.name) for field in fields(example) if field.name not in ("id", "messages")},
-        "candidates": [{field.name: getattr(candidate, field.name) for field in fields(candidate)} for candidate in row.candidates],
+        "candidates": [_described_candidate(candidate) for candidate in row.candidates],
         "notes": row.notes,
     }
     try:
@@ -57,6 +59,14 @@ def row_text(row: CuratedRow) -> str:
             f"row {example.id!r} holds what is not plain JSON ({error}); metadata and notes are texts, finite numbers, lists and objects"
         ) from error
     return text
+
+
+def _described_candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        **{field.name: getattr(candidate, field.name) for field in fields(candidate)},
+        "turns": [asdict(turn) for turn in candidate.turns],
+        "media": [_described_part(part) for part in candidate.media],
+    }
 
 
 def _described_message(message: Message) -> dict[str, Any]:
@@ -89,9 +99,13 @@ def write_shard(path: Path, rows: Sequence[CuratedRow], *, pixels: Mapping[str, 
     """Writes the rows under a name that is there whole or not at all; `pixels` are images that are encoded already."""
     columns = {
         "row": [row_text(row) for row in rows],
-        "media": [[file for part in row.example.media for file in pixels.get(part.digest) or png_files(part)] for row in rows],
+        "media": [[file for part in _media(row) for file in pixels.get(part.digest) or png_files(part)] for row in rows],
     }
     write_table(path, pa.table(columns, schema=_SCHEMA))
+
+
+def _media(row: CuratedRow) -> tuple[MediaPart, ...]:
+    return (*row.example.media, *(part for candidate in row.candidates for part in candidate.media))
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -166,9 +180,25 @@ def _read_row(text: str, files: Sequence[bytes], pixels: Pixels, *, decode: bool
         )
         for message in described.pop("messages")
     )
-    candidates = tuple(Candidate(**candidate) for candidate in described.pop("candidates"))
+    candidates = tuple(_read_candidate(candidate, waiting, pixels, decode=decode) for candidate in described.pop("candidates"))
     notes = described.pop("notes")
     return CuratedRow(example=Example(messages=messages, **described), candidates=candidates, notes=notes)
+
+
+def _read_candidate(described: Mapping[str, Any], files: Iterator[bytes], pixels: Pixels, *, decode: bool) -> Candidate:
+    media = [_read_part(part, files, pixels, decode=decode) for part in described["media"]]
+    turns = [
+        Turn(
+            **{
+                **turn,
+                "calls": tuple(ToolCall(**call) for call in turn["calls"]),
+                "answers": tuple(ToolAnswer(**answer) for answer in turn["answers"]),
+            }
+        )
+        for turn in described["turns"]
+    ]
+    shown = tuple(part for part in media if not isinstance(part, TextPart))
+    return Candidate(**{**described, "turns": tuple(turns), "media": shown, "tools": tuple(described["tools"])})
 
 
 def _read_part(part: Mapping[str, Any], files: Iterator[bytes], pixels: Pixels, *, decode: bool) -> Part:
@@ -199,6 +229,8 @@ def as_conversations(row: CuratedRow, *, max_per_query: int | None) -> list[Cura
     """Returns the row's query answered by each of its first candidates, as rows that SFT can learn from.
 
     The assistant's turn is what the template opened plus what the model wrote, so that a think block is whole; ids are `id#number`.
+    A conversation with tools is written with its calls and results. One that was cut off before it answered has nothing to be learned from
+    and is passed over, as is one with a broken call or with text behind a call, which no template writes.
     """
     query = as_query(row.example)
     return [
@@ -207,7 +239,8 @@ def as_conversations(row: CuratedRow, *, max_per_query: int | None) -> list[Cura
                 query,
                 id=f"{query.id}#{number}",
                 messages=(
-                    *query.messages,
+                    *(describe_tools(query.messages, candidate.tools) if candidate.tools else query.messages),
+                    *_steps(candidate),
                     Message(role="assistant", parts=(TextPart(text=candidate.prompt_suffix + candidate.text),)),
                 ),
             ),
@@ -216,5 +249,29 @@ def as_conversations(row: CuratedRow, *, max_per_query: int | None) -> list[Cura
                 "candidate": {"model": candidate.model, "seed": candidate.seed, "value": candidate.value, "notes": candidate.notes},
             },
         )
-        for number, candidate in enumerate(row.candidates[:max_per_query])
+        for number, candidate in enumerate(writable_candidates(row)[:max_per_query])
     ]
+
+
+def writable_candidates(row: CuratedRow) -> tuple[Candidate, ...]:
+    """Returns the candidates that a conversation can be made of."""
+    return tuple(candidate for candidate in row.candidates if _is_whole(candidate))
+
+
+def _is_whole(candidate: Candidate) -> bool:
+    if candidate.ending in ("turns", "context", "unavailable"):
+        return False
+    parsed = [parse_turn(turn.text, prompt_suffix=turn.prompt_suffix) for turn in candidate.turns]
+    # A turn that was cut off inside a call, or has a call and yet is the last, is no answer either.
+    return not any(turn.faults or turn.text_after for turn in parsed) and not any(turn.calls for turn in parsed[-1:])
+
+
+def _steps(candidate: Candidate) -> Iterator[Message]:
+    """Yields the turns before the last, each with what it was answered."""
+    media = iter(candidate.media)
+    for turn in candidate.turns[:-1]:
+        words = turn.prompt_suffix + turn.words
+        yield Message(role="assistant", parts=(TextPart(text=words),) if words else (), tool_calls=turn.calls)
+        for answer in turn.answers:
+            text = (TextPart(text=answer.text),) if answer.text else ()
+            yield Message(role="tool", parts=(*text, *(next(media) for _ in range(answer.num_images))))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..model.records import Example
+from ..model.records import Ending, Example, MediaPart, Turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,13 @@ class Candidate:
     """The reward manager's value; None before `verify`, or where no judgement could be had."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON values, e.g. a judge's axes."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation with tools; `text` is then its last turn."""
+    ending: Ending = "one_turn"
+    media: tuple[MediaPart, ...] = ()
+    """What tools showed, in order."""
+    tools: tuple[str, ...] = ()
+    """Descriptions of the tools in the system turn, where the model was shown any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

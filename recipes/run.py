@@ -16,7 +16,7 @@ from .data_config import JsonlData, ParquetData
 from .example_stream import read_rows
 from .load import load_recipe
 from .reward_commands import add_commands, refuse_faults
-from .schema import EvaluateRecipe, OffPolicyDistillRecipe, StageRecipe
+from .schema import EvaluateRecipe, OffPolicyDistillRecipe, StageRecipe, agents_of
 from .sft_phases import leaves, training_data
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def _check(parsed: argparse.Namespace) -> int:
         _print_lines([*lines, f"{parsed.recipe}: fine"])
         return 0
     from ..rewards.manager import RewardManager
+    from ..rl.tools import open_tools
     from .check_memory import check_memory, find_devices
 
     lines: list[str] = []
@@ -134,6 +135,9 @@ def _check(parsed: argparse.Namespace) -> int:
         manager = RewardManager(stage.rewards, recipe_folder=recipe_folder, allow_code=parsed.allow_code)
         lines += [f"{name}: reward {line}" for line in manager.describe()]
         lines += [f"{name}: {line}" for line in _check_rows(stage, manager, recipe_folder=recipe_folder, allow_code=parsed.allow_code)]
+        for key, agent in agents_of(stage).items():
+            with open_tools(agent.tools, recipe_folder=recipe_folder, allow_code=parsed.allow_code) as tools:
+                lines.append(f"{name}: {key}: tools {', '.join(tools)}, at most {agent.max_turns} turns")
         if isinstance(stage, OffPolicyDistillRecipe):
             from .off_policy_check import check_off_policy
 
@@ -150,7 +154,7 @@ def _check(parsed: argparse.Namespace) -> int:
         set_environment()
         from .runner import check_engine
 
-        print(check_engine(loaded))
+        print(check_engine(loaded, allow_code=parsed.allow_code))
     return 0
 
 

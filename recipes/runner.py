@@ -17,12 +17,13 @@ from ..model.records import VlpostError
 from ..model.weight_sync import publish
 from .build import Workshop
 from .curate_config import CurateRecipe
+from .drawing import open_drawing
 from .example_stream import open_stream
 from .interrupt import Interrupt, StopRequestedError
 from .load import LoadedRecipe
 from .report import draw_curves
 from .run_log import EVENTS_FILE, RunLog
-from .schema import EvaluateRecipe, OffPolicyDistillRecipe, RolloutStageConfig, StageRecipe
+from .schema import EvaluateRecipe, OffPolicyDistillRecipe, RlRecipe, RolloutStageConfig, StageRecipe
 from .stages import RunOptions, run_evaluation, run_off_policy, run_training
 from .training import ResumeError, phase_of
 from .watchdog import Watchdog
@@ -125,7 +126,7 @@ def _run_stage(
     return export
 
 
-def check_engine(loaded: LoadedRecipe) -> str:
+def check_engine(loaded: LoadedRecipe, *, allow_code: bool = False) -> str:
     """Runs the parity gate alone on the recipe's start model and returns its report; a chain checks its first RL stage."""
     stage = next((stage for _, stage in loaded.stages if isinstance(stage, RolloutStageConfig)), None)
     if stage is None:
@@ -140,8 +141,14 @@ def check_engine(loaded: LoadedRecipe) -> str:
         sampler = workshop.engine(model, stage.sampler, dtype=dtype, lora=stage.learner.lora)
         publish(learner, sampler)
         examples = open_stream(stage.data, seed=stage.seed, with_solution=False).examples(0, stage.parity.num_examples)
+        agent = stage.agent if isinstance(stage, RlRecipe) else None
+        with open_drawing(
+            agent, sampler=sampler, chat=model.chat, limits=stage.sampler, recipe_folder=loaded.path.resolve().parent, allow_code=allow_code
+        ) as draw:
+            prompts, drawn = draw.parity_rows(examples, temperature=stage.sampler.temperature, seed=stage.seed)
         report = check_parity(
-            [(example.id, model.chat.encode_prompt(example.messages)) for example in examples],
+            prompts,
+            drawn=drawn,
             sampler=sampler,
             learner=learner,
             chat=model.chat,

@@ -15,6 +15,7 @@ from ..distill.config import OnPolicyDistillConfig, RequestsConfig, ServerConfig
 from ..model.config import DType, LearnerConfig, NanoConfig, ParityConfig, SamplerConfig, Settings
 from ..rewards.config import RewardsConfig
 from ..rl.config import RlConfig
+from ..rl.tools_config import AgentConfig
 from ..sft.config import SftConfig, TooLong
 from .curate_config import CurateRecipe, GenerateConfig, PlainName, SplitConfig, StepConfig
 from .curate_engine_config import CandidateModel
@@ -72,6 +73,8 @@ class ValidationConfig(EvaluateConfig):
     data: DataConfig
     every: int = Field(ge=1)
     """Steps between validations."""
+    agent: AgentConfig | None = None
+    """Conversations with tools; absent: as the stage draws, with its own agent where it has one."""
 
 
 class CheckpointConfig(Settings):
@@ -182,6 +185,15 @@ class StageConfig(Settings):
     watchdog: WatchdogConfig = WatchdogConfig()
 
 
+def _check_agent(agent: AgentConfig | None, sampler: SamplerConfig, place: str) -> None:
+    """Raises `ValueError` for tools that could show more images than the engine takes."""
+    if agent is not None and agent.max_images > sampler.max_images_per_prompt:
+        raise ValueError(
+            f"{place}.max_images = {agent.max_images} is above sampler.max_images_per_prompt = {sampler.max_images_per_prompt}, which "
+            "counts those of the prompt too: raise the latter, or lower the former"
+        )
+
+
 class TrainStageConfig(StageConfig):
     """What every training stage has."""
 
@@ -201,6 +213,12 @@ class TrainStageConfig(StageConfig):
     def _adapter_is_there(self) -> TrainStageConfig:
         if self.export == "adapter" and self.learner.lora is None:
             raise ValueError("export: adapter needs learner.lora: without it there is no adapter")
+        return self
+
+    @model_validator(mode="after")
+    def _validation_agent_fits_the_engine(self) -> TrainStageConfig:
+        if self.validation is not None:
+            _check_agent(self.validation.agent, self.sampler, "validation.agent")
         return self
 
     @model_validator(mode="after")
@@ -332,12 +350,19 @@ class RlRecipe(RolloutStageConfig):
 
     method: Literal["rl"]
     rl: RlConfig
+    agent: AgentConfig | None = None
+    """Conversations with tools in place of one response; of a validation too that names no agent of its own."""
     alarms: tuple[AlarmConfig, ...] = RL_ALARMS
 
     @property
     def rounds(self) -> RlConfig:
         """The method's settings."""
         return self.rl
+
+    @model_validator(mode="after")
+    def _agent_fits_the_engine(self) -> RlRecipe:
+        _check_agent(self.agent, self.sampler, "agent")
+        return self
 
 
 class TeacherServeConfig(ServerConfig):
@@ -554,8 +579,15 @@ class EvaluateRecipe(StageConfig):
     method: Literal["evaluate"]
     data: DataConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    agent: AgentConfig | None = None
+    """Conversations with tools in place of one response."""
     dtype: DType = "auto"
     """Of the engine's weights and arithmetic."""
+
+    @model_validator(mode="after")
+    def _agent_fits_the_engine(self) -> EvaluateRecipe:
+        _check_agent(self.agent, self.sampler, "agent")
+        return self
 
 
 TrainingRecipe = SftRecipe | RlRecipe | OnPolicyDistillRecipe
@@ -572,6 +604,14 @@ def models_of(stage: StageRecipe) -> dict[str, ModelConfig]:
         of_teachers = {f"{name}.serve.model" if of.serve else f"{name}.model": of.source for name, of in stage.teachers.items()}
         models |= {f"teachers.{key}": model for key, model in of_teachers.items() if model is not None}
     return models
+
+
+def agents_of(stage: StageRecipe) -> dict[str, AgentConfig]:
+    """Returns the agents of a stage by dotted key."""
+    agents = {"agent": stage.agent if isinstance(stage, RlRecipe | EvaluateRecipe) else None}
+    if isinstance(stage, TrainStageConfig) and stage.validation is not None:
+        agents["validation.agent"] = stage.validation.agent
+    return {key: agent for key, agent in agents.items() if agent is not None}
 
 
 class ChainRecipe(Settings):

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,13 +24,16 @@ from ..model.loading import hub_weights
 from ..model.lora import perturbed_adapter
 from ..model.parity import check_parity
 from ..model.records import Example, TrainSequence, VlpostError
+from ..model.sampler import VllmSampler
 from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
+from ..rl.tools_config import AgentConfig
 from ..rl.train import RlStage
 from ..sft.rows import RowNote
 from ..sft.train import SftStage, SoftTargets, supervised_sequences
 from .alarms import Alarms, reward_spread
 from .build import LoadedModel, Workshop
+from .drawing import StageDrawing, open_drawing
 from .evaluate import evaluate
 from .example_stream import ROW_LOG, fingerprint, open_stream
 from .faults import heed_alarms, heed_dropped_updates, save_for_good, save_or_go_on
@@ -151,13 +153,16 @@ def _build(
             recipe=recipe, workshop=workshop, log=log, ranks=learner.ranks, is_stopping=lambda: interrupt.requested, stack=stack
         )
         teachers = _open_teachers(recipe, loaded, opening)
-    engine_of = partial(workshop.engine, loaded, recipe.sampler, dtype=recipe.learner.dtype, lora=recipe.learner.lora)
+    sampler = workshop.engine(loaded, recipe.sampler, dtype=recipe.learner.dtype, lora=recipe.learner.lora) if needs_engine else None
+    draw, draw_validation = _drawings(recipe, stack, sampler=sampler, loaded=loaded, options=options)
     return Training(
         recipe=recipe,
         folder=recipe.output,
         loaded=loaded,
         learner=learner,
-        sampler=engine_of() if needs_engine else None,
+        sampler=sampler,
+        draw=draw,
+        draw_validation=draw_validation,
         rewards=rewards,
         log=log,
         interrupt=interrupt,
@@ -169,6 +174,30 @@ def _build(
         alarms=Alarms(recipe.alarms),
         roll_backs=RollBacks(every=recipe.checkpoint.every),
     )
+
+
+def _drawings(
+    recipe: TrainingRecipe, stack: ExitStack, *, sampler: VllmSampler | None, loaded: LoadedModel, options: RunOptions
+) -> tuple[StageDrawing | None, StageDrawing | None]:
+    """Returns how the stage draws and how its validation does, which has the stage's own way unless it names an agent."""
+    if sampler is None:
+        return None, None
+
+    def opened(agent: AgentConfig | None) -> StageDrawing:
+        return stack.enter_context(
+            open_drawing(
+                agent,
+                sampler=sampler,
+                chat=loaded.chat,
+                limits=recipe.sampler,
+                recipe_folder=options.recipe_folder,
+                allow_code=options.allow_code,
+            )
+        )
+
+    draw = opened(recipe.agent if isinstance(recipe, RlRecipe) else None)
+    agent = recipe.validation.agent if recipe.validation is not None else None
+    return draw, draw if agent is None else opened(agent)
 
 
 @contextmanager
@@ -271,11 +300,14 @@ def _first_gate(training: Training) -> None:
 
 
 def _gate(training: Training, when: str) -> None:
-    recipe = training.recipe
+    recipe, examples = training.recipe, _gate_examples(training)
     assert training.sampler is not None
+    assert training.draw is not None
     with training.phase("validation"):
+        prompts, drawn = training.draw.parity_rows(examples, temperature=recipe.sampler.temperature, seed=recipe.seed)
         report = check_parity(
-            [(example.id, training.loaded.chat.encode_prompt(example.messages)) for example in _gate_examples(training)],
+            prompts,
+            drawn=drawn,
             sampler=training.sampler,
             learner=training.learner,
             chat=training.loaded.chat,
@@ -322,6 +354,7 @@ def _step_function(training: Training, soft: SoftTargets | None) -> StepFunction
         distribution=training.loaded.distribution(recipe.sampler.temperature),
         seed=recipe.seed,
         phase=training.phase,
+        draw=training.draw,
     )
 
     def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
@@ -490,10 +523,20 @@ def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOp
         RewardManager(
             recipe.rewards, recipe_folder=options.recipe_folder, allow_code=options.allow_code, cache_folder=recipe.output
         ) as rewards,
+        open_drawing(
+            recipe.agent,
+            sampler=sampler,
+            chat=loaded.chat,
+            limits=recipe.sampler,
+            recipe_folder=options.recipe_folder,
+            allow_code=options.allow_code,
+        ) as draw,
     ):
         is_unsafe = rewards.is_unsafe
         rewards.check_examples(examples)
-        measured = evaluate(examples, recipe.evaluate, sampler=sampler, rewards=rewards, chat=loaded.chat, ranks=ranks, seed=recipe.seed)
+        measured = evaluate(
+            examples, recipe.evaluate, sampler=sampler, rewards=rewards, chat=loaded.chat, ranks=ranks, seed=recipe.seed, draw=draw
+        )
     log.metrics(phase_of(recipe), 0, measured)
     described = {"model": loaded.folder, "num_examples": len(examples), "data": fingerprint(examples), **measured}
     if is_unsafe:

@@ -21,6 +21,7 @@ from ..rewards.manager import RewardManager
 from .alarms import Alarms
 from .build import LoadedModel
 from .data_config import CuratedData
+from .drawing import StageDrawing
 from .evaluate import evaluate
 from .example_stream import ExampleStream, open_stream
 from .interrupt import Interrupt
@@ -63,6 +64,9 @@ class Training:
     loaded: LoadedModel
     learner: Learner
     sampler: VllmSampler | None
+    draw: StageDrawing | None
+    """How the stage draws; None without an engine."""
+    draw_validation: StageDrawing | None
     rewards: RewardManager
     log: RunLog
     interrupt: Interrupt
@@ -188,6 +192,7 @@ class Training:
                 chat=self.loaded.chat,
                 ranks=self.learner.ranks,
                 seed=0,
+                draw=self.draw_validation,
             )
 
 

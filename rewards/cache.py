@@ -15,6 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -142,7 +143,7 @@ def verdict_key(example: Example, rollout: Rollout, *, judge: Mapping[str, Any])
     """Returns the SHA-256 over all that a cacheable reward may depend on, 64 hexadecimal digits.
 
     That is the judge (its name, version or source hash, and options), the example with the hashes of its images, and of the rollout the
-    text, the prompt's suffix, the finish reason and the hashes of its media: not its tokens, log-probs and policy version.
+    text, the prompt's suffix, the finish reason, the turns and the hashes of its media: not its tokens, log-probs and policy version.
     """
     described = {
         "judge": judge,
@@ -162,6 +163,7 @@ def verdict_key(example: Example, rollout: Rollout, *, judge: Mapping[str, Any])
             "prompt_suffix": rollout.prompt_suffix,
             "finish_reason": rollout.finish_reason,
             "media": [part.digest for part in rollout.media],
+            **({"turns": [asdict(turn) for turn in rollout.turns], "ending": rollout.ending} if rollout.turns else {}),
         },
     }
     # Escaped: a text may hold half a surrogate pair, which no encoding takes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..model.config import Settings
 from ..model.records import Example, VlpostError
@@ -35,6 +35,9 @@ class ComponentConfig(Settings):
     """Values of `example.task` that it judges; none: all of them."""
     sources: Names | None = None
     """Values of `example.source` (the data set) that it judges; none: all of them. A row is judged when both keys match."""
+    when: str | None = None
+    """Another component: where its value is not above 0, this one's counts as 0. A bonus for a right answer, as DeepEyes pays for the use
+    of a tool. Absent: the value counts always."""
     timeout_s: Seconds | None = None
     """Seconds of work that one judgement of this component may take; none: `rewards.timeout_s`."""
     isolate: bool | None = None
@@ -70,3 +73,19 @@ class RewardsConfig(Settings):
     """The judge model's server, for components that use one."""
     cache: bool = True
     """Look up verdicts of rewards that say they are cacheable in a file of the output folder, and keep new ones there."""
+
+    @model_validator(mode="after")
+    def _conditions_are_judged(self) -> RewardsConfig:
+        for name, component in self.components.items():
+            if component.when is None:
+                continue
+            other = self.components.get(component.when)
+            place = f"components.{name}.when = {component.when!r}"
+            if other is None or component.when == name or other.when is not None:
+                free = [key for key, of in self.components.items() if of.when is None and key != name]
+                raise ValueError(f"{place}: must be another component that has no `when` of its own, one of {', '.join(free) or 'none'}")
+            for key in ("tasks", "sources"):
+                here, there = getattr(component, key), getattr(other, key)
+                if there is not None and (here is None or not set(here) <= set(there)):
+                    raise ValueError(f"{place}: {component.when} judges only the {key} {', '.join(there)}; give {name} no others")
+        return self

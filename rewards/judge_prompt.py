@@ -26,7 +26,7 @@ from ..model.config import Settings
 from ..model.records import Message, TextPart
 from .config import RewardConfigError
 
-BUILT_IN_RUBRICS = ("correctness", "general", "pairwise")
+BUILT_IN_RUBRICS = ("correctness", "general", "pairwise", "coherence")
 MAX_RUBRIC_BYTES = 2**18
 PROMPT_VERSION = 1
 """Counts changes of the text around the data; part of the cache's key."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -154,10 +155,13 @@ class RewardManager:
         """
         for group in groups:
             self._components_for(group.example)
-        answers = self._judge_all(groups)
+        # A conversation that a broken tool ended says nothing about the policy: nobody is asked about it.
+        whole = [replace(group, rollouts=tuple(one for one in group.rollouts if one.ending != "unavailable")) for group in groups]
+        judged_here = self._judge_all(whole)
+        answers = [_in_places(group, of_group) for group, of_group in zip(groups, judged_here, strict=True)]
         outcomes = [
             [
-                self._outcome(rollout, {name: of_group[number] for name, of_group in by_component.items()})
+                self._outcome(rollout, {name: of_group[number] for name, of_group in by_component.items() if number in of_group})
                 for number, rollout in enumerate(group.rollouts)
             ]
             for group, by_component in zip(groups, answers, strict=True)
@@ -168,7 +172,7 @@ class RewardManager:
     def _judge_all(self, groups: Sequence[Group]) -> list[dict[str, list[Answer]]]:
         """Returns for each group the answers of each component that judges it; the components work side by side."""
         places = {
-            component.name: [place for place, group in enumerate(groups) if component.config.judges(group.example)]
+            component.name: [place for place, group in enumerate(groups) if group.rollouts and component.config.judges(group.example)]
             for component in self._components
         }
         busy = [component for component in self._components if places[component.name]]
@@ -215,6 +219,8 @@ class RewardManager:
         )
 
     def _outcome(self, rollout: Rollout, answers: Mapping[str, Answer]) -> JudgedRollout | UnjudgedRollout:
+        if rollout.ending == "unavailable":
+            return UnjudgedRollout(rollout=rollout, reasons={"agent": rollout.reason})
         verdicts = {name: answer.verdict for name, answer in answers.items()}
         results = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, RewardResult)}
         reasons = {name: verdict.reason for name, verdict in verdicts.items() if isinstance(verdict, Unavailable)}
@@ -222,9 +228,18 @@ class RewardManager:
             reasons = dict.fromkeys(verdicts, "the reward function returned None: it does not judge this row, and no other component does")
         if reasons:
             return UnjudgedRollout(rollout=rollout, reasons=reasons)
+        results = {name: self._under_condition(name, results) for name in results}
         reward = sum(self._config.components[name].weight * result.value for name, result in results.items())
         judging_s = {name: answers[name].seconds or 0.0 for name in results if answers[name].seconds is not None}
         return JudgedRollout(rollout=rollout, score=RolloutScore(reward=float(reward), results=results, judging_s=judging_s))
+
+    def _under_condition(self, name: str, results: Mapping[str, RewardResult]) -> RewardResult:
+        """Returns the component's result, its value 0 where the one that it depends on says so."""
+        result, when = results[name], self._config.components[name].when
+        # A function with trl's signature may pass a row over: what it has not found right is not right.
+        if when is None or (when in results and results[when].value > 0.0):
+            return result
+        return replace(result, value=0.0, note=f"counts only where {when} is above 0; by itself {result.value:g}")
 
     def _refuse_too_many_unavailable(self, outcomes: Sequence[JudgedRollout | UnjudgedRollout]) -> None:
         unavailable = [outcome for outcome in outcomes if isinstance(outcome, UnjudgedRollout)]
@@ -247,6 +262,12 @@ class RewardManager:
         return ScoredGroup(
             example=example, judged=judged, unjudged=tuple(outcome for outcome in outcomes if isinstance(outcome, UnjudgedRollout))
         )
+
+
+def _in_places(group: Group, answers: Mapping[str, list[Answer]]) -> dict[str, dict[int, Answer]]:
+    """Returns each component's answers by the number of the rollout, of which those that could not be asked about have none."""
+    places = [place for place, rollout in enumerate(group.rollouts) if rollout.ending != "unavailable"]
+    return {name: dict(zip(places, of_component, strict=True)) for name, of_component in answers.items()}
 
 
 def _why(answer: Answer) -> str:

@@ -19,14 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
 from PIL import Image as PILImage
 
-from ..model.records import Example, Group, ImagePart, MediaPart, Message, Part, Rollout, TextPart, VideoPart
+from ..model.records import Example, Group, ImagePart, MediaPart, Message, Part, Rollout, TextPart, ToolAnswer, ToolCall, Turn, VideoPart
 from .jail import signal_name
 from .plugin import Answered
 from .result import RewardResult, Unavailable
@@ -124,6 +124,8 @@ def encode_groups(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], list[d
                     "prompt_suffix": rollout.prompt_suffix,
                     "finish_reason": rollout.finish_reason,
                     "policy_version": rollout.policy_version,
+                    "turns": [asdict(turn) for turn in rollout.turns],
+                    "ending": rollout.ending,
                 }
                 for rollout in group.rollouts
             ],
@@ -165,6 +167,7 @@ def decode_groups(encoded: Sequence[Mapping[str, Any]], media: Sequence[Mapping[
                         "sampled": tuple(rollout["sampled"]),
                         "sampler_logprobs": tuple(rollout["sampler_logprobs"]),
                         "media": tuple(parts[digest] for digest in rollout["media"]),
+                        "turns": tuple(map(_decode_turn, rollout["turns"])),
                     }
                 )
                 for rollout in group["rollouts"]
@@ -172,6 +175,11 @@ def decode_groups(encoded: Sequence[Mapping[str, Any]], media: Sequence[Mapping[
         )
         for group in encoded
     ]
+
+
+def _decode_turn(turn: Mapping[str, Any]) -> Turn:
+    calls = tuple(ToolCall(**call) for call in turn["calls"])
+    return Turn(**{**turn, "calls": calls, "answers": tuple(ToolAnswer(**answer) for answer in turn["answers"])})
 
 
 def _decode_media(described: Mapping[str, Any], pixels: bytes) -> MediaPart:

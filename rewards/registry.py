@@ -28,6 +28,7 @@ from ..model.records import Example
 from . import (
     code_execution,
     code_switching,
+    coherence,
     grounding,
     json_answer,
     llm_judge,
@@ -38,6 +39,7 @@ from . import (
     response_format,
     table,
     time_answer,
+    tool_calls,
     visual_answer,
 )
 from .built_in import BuiltInReward, any_answer
@@ -63,6 +65,8 @@ _TABLES: tuple[Mapping[str, BuiltInReward], ...] = (
     code_switching.REWARDS,
     code_execution.REWARDS,
     llm_judge.REWARDS,
+    coherence.REWARDS,
+    tool_calls.REWARDS,
 )
 BUILT_IN_REWARDS: Mapping[str, BuiltInReward] = {name: entry for table in _TABLES for name, entry in table.items()}
 assert len(BUILT_IN_REWARDS) == sum(map(len, _TABLES)), "two modules give one name to different rewards"
@@ -125,11 +129,11 @@ def resolve(
     assert colon, "an entry point without a function is refused where it is read"
     source: bytes | None = None
     if target.endswith(".py"):
-        path = _permitted((recipe_folder or Path()) / target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
-        source = _read_source(path, use)
+        path = permitted((recipe_folder or Path()) / target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
+        source = read_source(path, use)
         module, sha256 = load_source(path, source, use=use)
     else:
-        module = _import_module(target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
+        module = import_module(target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
         path, sha256 = Path(), ""
     # Not `vars`: packages such as trl load their parts when they are asked for.
     function = getattr(module, function_name, None)
@@ -213,7 +217,7 @@ def _entry_point(use: str) -> str:
     return value
 
 
-def _permitted(path: Path, *, use: str, recipe_folder: Path | None, allow_code: bool) -> Path:
+def permitted(path: Path, *, use: str, recipe_folder: Path | None, allow_code: bool) -> Path:
     """Returns the real path, links followed, if a recipe may bring code from there."""
     real = path.resolve()
     allowed = recipe_folder.resolve() if recipe_folder else "no folder, as there is no recipe file"
@@ -226,7 +230,8 @@ def _permitted(path: Path, *, use: str, recipe_folder: Path | None, allow_code: 
     return real
 
 
-def _read_source(path: Path, use: str) -> bytes:
+def read_source(path: Path, use: str) -> bytes:
+    """Returns what stands in a file of code; one that cannot be read is a `RewardConfigError`."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -235,7 +240,8 @@ def _read_source(path: Path, use: str) -> bytes:
         ) from error
 
 
-def _import_module(target: str, *, use: str, recipe_folder: Path | None, allow_code: bool) -> ModuleType:
+def import_module(target: str, *, use: str, recipe_folder: Path | None, allow_code: bool) -> ModuleType:
+    """Returns an installed module; one that cannot be imported, or came along in the working directory, is a `RewardConfigError`."""
     package = target.partition(".")[0]
     try:
         spec = importlib.util.find_spec(package) if package else None
@@ -244,7 +250,7 @@ def _import_module(target: str, *, use: str, recipe_folder: Path | None, allow_c
             files = [spec.origin] if spec.origin and spec.has_location else []
             for location in map(Path, spec.submodule_search_locations or files):
                 if location.resolve().parent == Path.cwd().resolve():
-                    _permitted(location, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
+                    permitted(location, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
         return importlib.import_module(target)
     except RewardConfigError:
         raise

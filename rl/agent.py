@@ -12,54 +12,16 @@ what becomes of it. A tool that broke makes the conversation `unavailable`: it s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from ..model.chat import Chat, EncodedPrompt
-from ..model.records import Example, ImagePart, MediaPart, Message, Part, Rollout, TextPart
-from ..model.sampler import EngineError, Sampler, SampleRequest
+from ..model.records import Ending, Example, Group, ImagePart, MediaPart, Message, Part, Rollout, TextPart, ToolAnswer, ToolCall, Turn
+from ..model.sampler import EngineError, Sampler, SampleRequest, request_seed
 from .tool import Tool, ToolResult, ToolUnavailableError, answer_call, describe_tools, failed
 from .tool_calls import CallFault, ParsedCall, ParsedTurn, parse_turn
 from .tools_config import AgentConfig
-
-Ending: TypeAlias = Literal["answered", "length", "turns", "context", "unavailable"]
-"""Why a conversation is over."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """What the policy wrote in one turn, and what tools answered to it."""
-
-    text: str
-    prompt_suffix: str
-    """What the chat template wrote after the assistant header."""
-    parsed: ParsedTurn
-    results: tuple[ToolResult, ...]
-    """One a block, in order; none where the conversation ended with this turn."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AgentRollout:
-    """A whole conversation: the sequence to train on, and its turns for rewards that look at tools."""
-
-    rollout: Rollout
-    """`token_ids` and `sampled` are of all turns; `text` and `prompt_suffix` of the last one alone, which is what an answer is judged by.
-    `policy_version` is the oldest of the turns'."""
-    turns: tuple[Turn, ...]
-    ending: Ending
-    reason: str = ""
-    """What broke, for `unavailable`."""
-
-    @property
-    def num_calls(self) -> int:
-        """Calls that a tool answered with a result."""
-        return sum(not result.is_error for turn in self.turns for result in turn.results)
-
-    @property
-    def num_errors(self) -> int:
-        """Blocks that got words instead of a result."""
-        return sum(result.is_error for turn in self.turns for result in turn.results)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,12 +36,17 @@ class Agent:
     """The most that the sampler draws in one turn."""
     max_tokens: int
     """What its context holds."""
+    max_images: int
+    """Images that the engine takes in one prompt."""
 
     def encode_prompt(self, messages: Sequence[Message]) -> EncodedPrompt:
         """Returns the prompt of a conversation, its tools described where the settings say so."""
-        if self.config.describe_tools:
-            messages = describe_tools(messages, tuple(self.tools.values()))
-        return self.chat.encode_prompt(messages)
+        return self.chat.encode_prompt(describe_tools(messages, self.descriptions) if self.descriptions else messages)
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """What the system turn says of the tools; nothing where the settings say so."""
+        return tuple(tool.description for tool in self.tools.values()) if self.config.describe_tools else ()
 
 
 class Conversation:
@@ -90,7 +57,7 @@ class Conversation:
 
     def __init__(self, agent: Agent, prompt: EncodedPrompt, *, place: str) -> None:
         self._agent = agent
-        self._place = place
+        self.place = place
         self._token_ids = list(prompt.token_ids)
         self._compact_ids = list(prompt.compact_ids)
         self._sampled = [False] * len(prompt.token_ids)
@@ -111,8 +78,8 @@ class Conversation:
 
     def prompt(self) -> EncodedPrompt:
         """Returns what the engine is to continue with the next turn."""
-        assert self.ending is None, f"{self._place}: the conversation is over ({self.ending})"
-        assert self._open is None, f"{self._place}: the calls of the last turn have no answer yet"
+        assert self.ending is None, f"{self.place}: the conversation is over ({self.ending})"
+        assert self._open is None, f"{self.place}: the calls of the last turn have no answer yet"
         return EncodedPrompt(
             token_ids=tuple(self._token_ids), compact_ids=tuple(self._compact_ids), media=tuple(self._media), suffix=self._suffix
         )
@@ -125,14 +92,12 @@ class Conversation:
         length = len(self._token_ids)
         if drawn.token_ids[:length] != tuple(self._token_ids) or drawn.media != tuple(self._media):
             raise EngineError(
-                f"{self._place}, turn {self.num_turns}: the engine continued another prompt than the conversation's {length} tokens "
+                f"{self.place}, turn {self.num_turns}: the engine continued another prompt than the conversation's {length} tokens "
                 f"and {len(self._media)} images and videos"
             )
         ids, logprobs = drawn.token_ids[length:], drawn.sampler_logprobs[length:]
         if self._agent.chat.vision_token_ids.intersection(ids):
-            raise EngineError(
-                f"{self._place}, turn {self.num_turns}: the policy sampled the place of an image; ban those ids in the engine"
-            )
+            raise EngineError(f"{self.place}, turn {self.num_turns}: the policy sampled the place of an image; ban those ids in the engine")
         self._append(ids, compact_ids=ids, sampled=True, logprobs=logprobs)
         version = self._policy_version
         self._policy_version = drawn.policy_version if version is None else min(version, drawn.policy_version)
@@ -151,7 +116,7 @@ class Conversation:
 
     def run_tools(self) -> None:
         """Answers the calls of the last turn one after another; a tool that broke ends the conversation as `unavailable`."""
-        assert self._open is not None, f"{self._place}: no call waits for an answer"
+        assert self._open is not None, f"{self.place}: no call waits for an answer"
         _, parsed = self._open
         blocks = sorted([*parsed.calls, *parsed.faults], key=lambda block: block.place)
         results: list[ToolResult] = []
@@ -174,22 +139,21 @@ class Conversation:
         self._close(tuple(results), None)
         self._suffix = observation.suffix
 
-    def rollout(self) -> AgentRollout:
+    def rollout(self) -> Rollout:
         """Returns the conversation when it is over."""
-        assert self.ending is not None, f"{self._place}: the conversation is not over"
-        assert self._policy_version is not None, f"{self._place}: no turn was drawn"
+        assert self.ending is not None, f"{self.place}: the conversation is not over"
+        assert self._policy_version is not None, f"{self.place}: no turn was drawn"
         last = self._turns[-1]
-        return AgentRollout(
-            rollout=Rollout(
-                token_ids=tuple(self._token_ids),
-                sampled=tuple(self._sampled),
-                sampler_logprobs=tuple(self._logprobs),
-                media=tuple(self._media),
-                text=last.text,
-                prompt_suffix=last.prompt_suffix,
-                finish_reason="stop" if self.ending == "answered" else "length",
-                policy_version=self._policy_version,
-            ),
+        return Rollout(
+            token_ids=tuple(self._token_ids),
+            sampled=tuple(self._sampled),
+            sampler_logprobs=tuple(self._logprobs),
+            media=tuple(self._media),
+            # A turn that calls is no answer, whatever else stands in it.
+            text="" if self.ending in ("turns", "context") else last.text,
+            prompt_suffix=last.prompt_suffix,
+            finish_reason="stop" if self.ending == "answered" else "length",
+            policy_version=self._policy_version,
             turns=tuple(self._turns),
             ending=self.ending,
             reason=self._reason,
@@ -205,7 +169,17 @@ class Conversation:
         """Writes the open turn down; with an ending, the conversation is over."""
         assert self._open is not None, "a turn is open"
         text, parsed = self._open
-        self._turns.append(Turn(text=text, prompt_suffix=self._suffix, parsed=parsed, results=results))
+        self._turns.append(
+            Turn(
+                text=text,
+                prompt_suffix=self._suffix,
+                words=parsed.text,
+                calls=tuple(ToolCall(name=call.name, arguments=json.dumps(call.arguments, ensure_ascii=False)) for call in parsed.calls),
+                answers=tuple(
+                    ToolAnswer(text=self._shown(result), num_images=len(result.images), is_error=result.is_error) for result in results
+                ),
+            )
+        )
         self._open, self.ending = None, ending
 
     def _answer(self, block: ParsedCall | CallFault, before: Sequence[ToolResult]) -> ToolResult:
@@ -215,9 +189,11 @@ class Conversation:
         new_images = [image for result in before for image in result.images]
         images = [part for part in self._media if isinstance(part, ImagePart)] + new_images
         result = answer_call(block, self._agent.tools, images=images)
-        if result.images and self._num_tool_images + len(new_images) + len(result.images) > config.max_images:
+        num_shown = self._num_tool_images + len(new_images)
+        room = min(config.max_images - num_shown, self._agent.max_images - len(images))
+        if len(result.images) > max(room, 0):
             return failed(
-                f"no room for more images: tools may show {config.max_images} in one conversation; answer from what you have seen"
+                f"no room for more images: {num_shown} have been shown, {max(room, 0)} more may be; answer from what you have seen"
             )
         return result
 
@@ -238,8 +214,11 @@ class Conversation:
         first = ids.index(self._agent.chat.end_of_turn_id)
         return ids[ids.index(self._agent.chat.end_of_turn_id, first + 1) + 1 :]
 
+    def _shown(self, result: ToolResult) -> str:
+        return harmless(result.text, self._agent.chat.tokenizer.get_added_vocab())
+
     def _parts(self, result: ToolResult) -> tuple[Part, ...]:
-        text = harmless(result.text, self._agent.chat.tokenizer.get_added_vocab())
+        text = self._shown(result)
         return (*((TextPart(text=text),) if text else ()), *result.images)
 
 
@@ -261,17 +240,19 @@ def draw_conversations(
     agent: Agent,
     num_rollouts: int,
     temperature: float,
-    seed_of: Callable[[Example, int, int], int],
-) -> list[tuple[AgentRollout, ...]]:
-    """Returns `num_rollouts` conversations about each example, in order, drawn in lock step: each turn of all that go on in one batch.
+    seed_of: Callable[[Example], int],
+) -> list[Group]:
+    """Returns a group of `num_rollouts` conversations about each example, in order, drawn in lock step: each turn of all that go on in one
+    batch.
 
-    `seed_of(example, rollout, turn)` is the seed of a turn; of the first turn, which all rollouts of an example begin together, it is that
-    of rollout 0.
+    All rollouts of an example begin together, with `seed_of(example)`; what a later turn draws depends on that seed, the number of the
+    rollout and the number of the turn. With an `agent` and a `sampler` bound, this is a `model.rollouts.Drawing`.
     """
     prompts = [agent.encode_prompt(example.messages) for example in examples]
+    seeds = [seed_of(example) for example in examples]
     first = [
-        SampleRequest(place=example.id, prompt=prompt, num_rollouts=num_rollouts, seed=seed_of(example, 0, 0), temperature=temperature)
-        for example, prompt in zip(examples, prompts, strict=True)
+        SampleRequest(place=example.id, prompt=prompt, num_rollouts=num_rollouts, seed=seed, temperature=temperature)
+        for example, prompt, seed in zip(examples, prompts, seeds, strict=True)
     ]
     groups: list[list[Conversation]] = []
     for example, prompt, drawn in zip(examples, prompts, sampler.sample(first), strict=True):
@@ -279,21 +260,26 @@ def draw_conversations(
         for conversation, rollout in zip(group, drawn, strict=True):
             conversation.receive(rollout)
         groups.append(group)
-    numbered = [(example, number, one) for example, group in zip(examples, groups, strict=True) for number, one in enumerate(group)]
-    while going := [(example, number, one) for example, number, one in numbered if one.ending is None]:
+    numbered = [(seed, number, one) for seed, group in zip(seeds, groups, strict=True) for number, one in enumerate(group)]
+    continue_together(numbered, sampler=sampler, temperature=temperature)
+    return [Group(example=example, rollouts=tuple(one.rollout() for one in group)) for example, group in zip(examples, groups, strict=True)]
+
+
+def continue_together(conversations: Sequence[tuple[int, int, Conversation]], *, sampler: Sampler, temperature: float) -> None:
+    """Carries conversations whose first turn was drawn to their ends, each given with its seed and its number under that seed."""
+    while going := [(seed, number, one) for seed, number, one in conversations if one.ending is None]:
         for _, _, one in going:
             one.run_tools()
-        asking = [(example, number, one) for example, number, one in going if one.ending is None]
+        asking = [(seed, number, one) for seed, number, one in going if one.ending is None]
         requests = [
             SampleRequest(
-                place=f"{example.id}, rollout {number}, turn {one.num_turns}",
+                place=f"{one.place}, turn {one.num_turns}",
                 prompt=one.prompt(),
                 num_rollouts=1,
-                seed=seed_of(example, number, one.num_turns),
+                seed=request_seed(seed, "turn", number, one.num_turns),
                 temperature=temperature,
             )
-            for example, number, one in asking
+            for seed, number, one in asking
         ]
         for (_, _, one), (rollout,) in zip(asking, sampler.sample(requests) if requests else [], strict=True):
             one.receive(rollout)
-    return [tuple(one.rollout() for one in group) for group in groups]

@@ -94,15 +94,14 @@ def answer_call(call: ParsedCall | CallFault, tools: Mapping[str, Tool], *, imag
     return tool.run(call.arguments, images=images)
 
 
-def describe_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Message, ...]:
-    """Returns the messages with the tools in the system turn, which is made where there is none."""
-    descriptions = tuple(tool.description for tool in tools)
+def describe_tools(messages: Sequence[Message], descriptions: tuple[str, ...]) -> tuple[Message, ...]:
+    """Returns the messages with the tools' descriptions in the system turn, which is made where there is none."""
     first = messages[0]
     if first.role != "system":
         return (Message(role="system", parts=(), tools=descriptions), *messages)
     if first.tools:
         raise DataError(
-            f"the messages describe {len(first.tools)} tools of their own, and the recipe {len(tools)}: "
+            f"the messages describe {len(first.tools)} tools of their own, and the recipe {len(descriptions)}: "
             "drop them from the row, or set describe_tools: false where both are the same"
         )
     return (replace(first, tools=descriptions), *messages[1:])

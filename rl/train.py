@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..model.metrics import Metric, combine, mean, total
 from ..model.packing import Weighted, pack
 from ..model.records import Example
 from ..model.reference import ReferenceStates
-from ..model.rollouts import StepClock, draw_groups, length_metrics, speeds, train_sequence
+from ..model.rollouts import Drawing, StepClock, conversation_metrics, draw_groups, length_metrics, speeds, train_sequence
 from ..model.sampler import Sampler, request_seed
 from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
@@ -52,8 +53,10 @@ class RlStage:
         distribution: Distribution,
         seed: int,
         phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        draw: Drawing | None = None,
     ) -> None:
-        """`phase` is entered for rollout, reward, update and publish of every step: a watchdog's deadlines."""
+        """`phase` is entered for rollout, reward, update and publish of every step: a watchdog's deadlines. `draw` draws the groups, e.g.
+        conversations with tools; absent: one response to each prompt."""
         self.config = config
         self.learner = learner
         self.sampler = sampler
@@ -62,6 +65,7 @@ class RlStage:
         self.distribution = distribution
         self.seed = seed
         self.phase = phase
+        self.draw: Drawing = draw or partial(draw_groups, sampler=sampler, chat=chat)
 
     def step(self, step: int, examples: Sequence[Example], check_interrupt: Callable[[], None]) -> RlStepResult:
         """Draws a group for each example, updates the policy in mini-batches and publishes the new weights.
@@ -71,10 +75,8 @@ class RlStage:
         """
         clock = StepClock(self.phase)
         with clock.phase("rollout"):
-            groups = draw_groups(
+            groups = self.draw(
                 examples,
-                sampler=self.sampler,
-                chat=self.chat,
                 num_rollouts=self.config.group_size,
                 temperature=self.distribution.temperature,
                 seed_of=lambda example: request_seed(self.seed, "rollout", step, example.id),
@@ -201,6 +203,7 @@ def _rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Metric]:
     """Returns lengths and solved shares of the rollouts; a response counts as solved when its reward is above 0."""
     measured: dict[str, Metric] = {"groups_without_signal": total(0), "dropped_groups": total(0)}
     measured |= length_metrics([judged.rollout for group in scored for judged in group.judged])
+    measured |= conversation_metrics([one.rollout for group in scored for one in (*group.judged, *group.unjudged)])
     judged_groups = [[judged.score.reward for judged in group.judged] for group in scored if len(group.judged) >= 2]
     measured["dropped_groups"] = total(len(scored) - len(judged_groups))
     measured["groups_without_signal"] = total(sum(not has_signal(group) for group in judged_groups))

@@ -26,7 +26,7 @@ from ..model.records import DataError, ImagePart
 from ..rewards.config import RewardConfigError
 from ..rewards.json_answer import Json
 from ..rewards.plugin_source import check_options, load_source, nearest
-from ..rewards.registry import _import_module, _permitted, _read_source
+from ..rewards.registry import import_module, permitted, read_source
 from .tool import ToolConfigError, ToolResult, ToolUnavailableError, argument_faults, describe, failed, quoted, shorten
 from .tools_config import UserToolConfig
 
@@ -54,10 +54,10 @@ def user_tool(config: UserToolConfig, *, recipe_folder: Path | None, allow_code:
 def _load(use: str, *, recipe_folder: Path | None, allow_code: bool) -> Callable[..., Any]:
     target, _, name = use.rpartition(":")
     if target.endswith(".py"):
-        path = _permitted((recipe_folder or Path()) / target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
-        module, _ = load_source(path, _read_source(path, use), use=use)
+        path = permitted((recipe_folder or Path()) / target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
+        module, _ = load_source(path, read_source(path, use), use=use)
     else:
-        module = _import_module(target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
+        module = import_module(target, use=use, recipe_folder=recipe_folder, allow_code=allow_code)
     # Not `vars`: some packages load their parts when they are asked for.
     function = getattr(module, name, None)
     if not inspect.isfunction(function):

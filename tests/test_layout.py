@@ -22,7 +22,15 @@ MAY_IMPORT = {
 OURS = {*FOLDERS, "vlpost", "tests"}
 HEAVY = ("torch", "torchvision", "transformers", "vllm", "trl", "peft", "accelerate", "datasets")
 # With rewards and every config.
-LIGHT = {"model.records", "model.memory", "recipes.schema", "recipes.data_config", "recipes.load", "recipes.check_memory"}
+LIGHT = {
+    "model.records",
+    "model.memory",
+    "rl.tools_config",
+    "recipes.schema",
+    "recipes.data_config",
+    "recipes.load",
+    "recipes.check_memory",
+}
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "types"}
 UNSAFE_NAMES = {"eval", "exec", "sympify", "parse_expr"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}

@@ -1,5 +1,6 @@
 """Evaluation with an engine that says what the test tells it: exact numbers need exact responses."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -167,3 +168,36 @@ def test_seeds_depend_on_seed_temperature_and_example_and_differ(rewards):
     fewer = seeds(alone, {"num_samples": 2, "temperatures": [0.5]})
     assert fewer == {key: value for key, value in drawn.items() if key in (("b", 0.5), ("b", 0.0))}
     assert set(seeds(SCRIPT, config, seed=1).values()).isdisjoint(drawn.values())
+
+
+def test_tasks_and_components_have_figures_of_their_own():
+    config = RewardsConfig.model_validate(
+        {
+            "components": {"answer": {"use": "count"}, "form": {"use": "exact", "weight": 0.5, "tasks": ["form"]}},
+            "max_unavailable_frac": 1.0,
+        }
+    )
+    script = {
+        ("a", 1.0): [RIGHT, WRONG], ("b", 1.0): [RIGHT, RIGHT], ("c", 1.0): [WRONG, WRONG],
+        ("a", 0.0): [WRONG], ("b", 0.0): [RIGHT], ("c", 0.0): [RIGHT],
+    }  # fmt: skip
+    examples = [example("a"), replace(example("b"), task="form"), replace(example("c"), task="form")]
+    with RewardManager(config, recipe_folder=None, allow_code=False) as manager:
+        measured, _ = measure(script, {"num_samples": 2}, manager, examples=examples)
+    assert measured == {
+        "avg@2/1": (1 + 0 + 1.5 + 1.5 + 0 + 0) / 6,
+        "pass@2/1": 2 / 3,
+        "task/add/avg@2/1": 0.5,
+        "task/add/pass@2/1": 1.0,
+        "task/form/avg@2/1": 0.75,
+        "task/form/pass@2/1": 0.5,
+        "reward/answer/avg@2/1": 0.5,
+        "reward/form/avg@2/1": 0.5,
+        "greedy": 1.0,
+        "task/add/greedy": 0.0,
+        "task/form/greedy": 1.5,
+        "reward/answer/greedy": 2 / 3,
+        "reward/form/greedy": 1.0,
+        "truncated_frac": 0.0,
+        "unavailable_frac": 0.0,
+    }

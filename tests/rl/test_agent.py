@@ -54,7 +54,14 @@ def user(*parts):
 
 def make_agent(chat, *, max_turn_tokens=200, max_tokens=4000, **changes):
     config = AgentConfig.model_validate({"tools": [{"use": "image_zoom_in"}, {"use": "mine:echo"}], "describe_tools": False} | changes)
-    return Agent(chat=chat, tools={ZOOM.name: ZOOM, "echo": Echo()}, config=config, max_turn_tokens=max_turn_tokens, max_tokens=max_tokens)
+    return Agent(
+        chat=chat,
+        tools={ZOOM.name: ZOOM, "echo": Echo()},
+        config=config,
+        max_turn_tokens=max_turn_tokens,
+        max_tokens=max_tokens,
+        max_images=9,
+    )
 
 
 def call(name=ZOOM.name, **arguments):
@@ -139,8 +146,7 @@ def test_the_next_prompt_is_what_the_template_writes(variant):
 def test_trained_tokens_are_those_that_were_sampled(chat):
     agent = make_agent(chat)
     conversation = converse(agent, [user(picture(), "?")], ["a\n" + zoom(), zoom(img_idx=1), "\\boxed{7}"])
-    whole = conversation.rollout()
-    rollout = whole.rollout
+    rollout = conversation.rollout()
     written = [
         chat.tokenizer.decode([token for token, _ in run])
         for is_sampled, run in groupby(zip(rollout.token_ids, rollout.sampled, strict=True), key=lambda pair: pair[1])
@@ -152,9 +158,10 @@ def test_trained_tokens_are_those_that_were_sampled(chat):
         assert not (is_sampled and token in chat.vision_token_ids)
     assert rollout.drawn_logprobs[:3] == (-0.01, -0.02, -0.03)
     assert len(rollout.media) == 3
-    assert (rollout.text, rollout.finish_reason, whole.ending) == ("\\boxed{7}", "stop", "answered")
-    assert (whole.num_calls, whole.num_errors, len(whole.turns)) == (2, 0, 3)
-    assert whole.turns[1].parsed.calls[0].arguments["img_idx"] == 1
+    assert (rollout.text, rollout.finish_reason, rollout.ending) == ("\\boxed{7}", "stop", "answered")
+    assert (rollout.num_tool_calls, rollout.num_tool_errors, len(rollout.turns)) == (2, 0, 3)
+    assert json.loads(rollout.turns[1].calls[0].arguments) == BOX | {"img_idx": 1}
+    assert [turn.words for turn in rollout.turns] == ["a", "", "\\boxed{7}"]
 
 
 def test_sampled_tokens_are_never_encoded_again(chat):
@@ -232,18 +239,18 @@ def test_harmless_texts_stay_as_they_are():
 
 def test_a_turn_that_calls_nothing_is_the_answer(chat):
     whole = converse(make_agent(chat), [user("?")], ["\\boxed{7}"]).rollout()
-    assert (whole.ending, whole.rollout.finish_reason, whole.rollout.text, whole.num_calls) == ("answered", "stop", "\\boxed{7}", 0)
+    assert (whole.ending, whole.finish_reason, whole.text, whole.num_tool_calls) == ("answered", "stop", "\\boxed{7}", 0)
 
 
 def test_calls_of_a_turn_that_was_cut_off_are_not_run(chat):
     conversation = converse(make_agent(chat), [user("?")], [call("echo", text="7")], end="", finish_reason="length")
     whole = conversation.rollout()
-    assert (whole.ending, whole.rollout.finish_reason, whole.turns[0].results) == ("length", "length", ())
+    assert (whole.ending, whole.finish_reason, whole.turns[0].answers) == ("length", "length", ())
 
 
 def test_a_turn_without_its_end_token_ends_all(chat):
     whole = converse(make_agent(chat), [user("?")], [call("echo", text="7")], end="<|endoftext|>").rollout()
-    assert (whole.ending, whole.rollout.finish_reason, whole.num_calls) == ("answered", "stop", 0)
+    assert (whole.ending, whole.finish_reason, whole.num_tool_calls) == ("answered", "stop", 0)
 
 
 @pytest.mark.parametrize("max_turns", [1, 2, 3])
@@ -251,8 +258,8 @@ def test_the_last_turn_may_not_call(chat, max_turns):
     agent = make_agent(chat, max_turns=max_turns)
     conversation = converse(agent, [user("?")], [call("echo", text="7")] * max_turns)
     whole = conversation.rollout()
-    assert (whole.ending, whole.rollout.finish_reason, len(whole.turns)) == ("turns", "length", max_turns)
-    assert [len(turn.results) for turn in whole.turns] == [1] * (max_turns - 1) + [0]
+    assert (whole.ending, whole.finish_reason, len(whole.turns)) == ("turns", "length", max_turns)
+    assert [len(turn.answers) for turn in whole.turns] == [1] * (max_turns - 1) + [0]
     assert converse(agent, [user("?")], [call("echo", text="7")] * (max_turns - 1) + ["7"]).ending == "answered"
 
 
@@ -267,10 +274,10 @@ def test_an_answer_that_does_not_fit_is_left_out_whole(chat):
     tight = converse(make_agent(chat, max_turn_tokens=50, max_tokens=needed - 1), messages, [zoom()])
     tight.run_tools()
     whole = tight.rollout()
-    assert (whole.ending, whole.rollout.finish_reason) == ("context", "length")
-    assert len(whole.rollout.media) == 1
-    assert whole.rollout.token_ids[-1] == chat.end_of_turn_id
-    assert chat.positions(whole.rollout.token_ids, whole.rollout.media).shape[1] == len(whole.rollout.token_ids)
+    assert (whole.ending, whole.finish_reason) == ("context", "length")
+    assert len(whole.media) == 1
+    assert whole.token_ids[-1] == chat.end_of_turn_id
+    assert chat.positions(whole.token_ids, whole.media).shape[1] == len(whole.token_ids)
 
 
 def test_a_tool_that_broke_makes_the_conversation_unavailable(chat):
@@ -286,7 +293,7 @@ def test_a_tool_that_broke_makes_the_conversation_unavailable(chat):
 def results_of(chat, conversation):
     conversation.run_tools()
     conversation.receive(drawn(chat, conversation.prompt(), "7"))
-    return conversation.rollout().turns[-2].results
+    return conversation.rollout().turns[-2].answers
 
 
 def test_calls_beyond_the_limit_get_words(chat):
@@ -299,16 +306,18 @@ def test_images_beyond_the_limit_get_words(chat):
         make_agent(chat, max_images=2), [user(picture(), "?")], [zoom(), zoom(img_idx=1) + zoom() + call("echo", text="7")]
     )
     results = results_of(chat, conversation)
-    assert [len(result.images) for result in results] == [1, 0, 0]
-    assert results[1].text.startswith("Error: no room for more images: tools may show 2 in one conversation")
+    assert [result.num_images for result in results] == [1, 0, 0]
+    assert results[1].text.startswith("Error: no room for more images: 2 have been shown, 0 more may be")
     assert results[2].text == "7"
-    assert len(conversation.rollout().rollout.media) == 3
+    assert len(conversation.rollout().media) == 3
 
 
 def test_a_later_call_of_a_turn_sees_the_images_of_an_earlier_one(chat):
     image = picture()
-    first, second = results_of(chat, converse(make_agent(chat), [user(image, "?")], [zoom() + zoom(img_idx=1)]))
-    assert second.images == ZOOM.run(BOX, images=first.images).images
+    conversation = converse(make_agent(chat), [user(image, "?")], [zoom() + zoom(img_idx=1)])
+    assert [result.num_images for result in results_of(chat, conversation)] == [1, 1]
+    _, first, second = conversation.rollout().media
+    assert (second,) == ZOOM.run(BOX, images=[first]).images
 
 
 def test_faults_get_words_in_their_place(chat):
@@ -347,7 +356,7 @@ def test_the_oldest_version_of_a_conversation_counts(chat):
     conversation.receive(drawn(chat, conversation.prompt(), call("echo", text="7"), version=3))
     conversation.run_tools()
     conversation.receive(drawn(chat, conversation.prompt(), "7", version=4))
-    assert conversation.rollout().rollout.policy_version == 3
+    assert conversation.rollout().policy_version == 3
 
 
 # ---------------------------------------------------------------- whole groups
@@ -388,10 +397,10 @@ def test_groups_are_drawn_in_lock_step(chat):
         agent=agent,
         num_rollouts=3,
         temperature=0.7,
-        seed_of=lambda example, rollout, turn: request_seed(1, example.id, rollout, turn),
+        seed_of=lambda example: request_seed(1, example.id),
     )
-    assert [[whole.rollout.text for whole in group] for group in groups] == [["1", "2", "3"], ["4", call("echo", text="break"), "5"]]
-    assert [[whole.ending for whole in group] for group in groups] == [["answered"] * 3, ["answered", "unavailable", "answered"]]
+    assert [[whole.text for whole in group.rollouts] for group in groups] == [["1", "2", "3"], ["4", call("echo", text="break"), "5"]]
+    assert [[whole.ending for whole in group.rollouts] for group in groups] == [["answered"] * 3, ["answered", "unavailable", "answered"]]
     assert [[place for place, *_ in batch] for batch in engine.batches] == [
         ["e0", "e1"],
         ["e0, rollout 0, turn 1", "e0, rollout 2, turn 1", "e1, rollout 2, turn 1"],
@@ -403,8 +412,8 @@ def test_groups_are_drawn_in_lock_step(chat):
     assert {request[3] for request in asked} == {0.7}
     for example, group in zip(examples, groups, strict=True):
         prompt = agent.encode_prompt(example.messages).token_ids
-        assert all(whole.rollout.token_ids[: len(prompt)] == prompt for whole in group)
-        assert all(whole.rollout.policy_version == 2 for whole in group)
+        assert all(whole.token_ids[: len(prompt)] == prompt for whole in group.rollouts)
+        assert all(whole.policy_version == 2 for whole in group.rollouts)
 
 
 def test_tools_are_described_where_the_settings_say_so(chat):

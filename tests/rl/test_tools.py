@@ -512,14 +512,14 @@ def test_tools_stand_on_the_system_message(tools, chat):
     question = Message(role="user", parts=(TextPart(text="?"),))
     system = Message(role="system", parts=(TextPart(text="Look."),))
     for messages in ((question,), (system, question)):
-        described = describe_tools(messages, tuple(tools.values()))
+        described = describe_tools(messages, tuple(tool.description for tool in tools.values()))
         assert described[0].tools == tuple(tool.description for tool in tools.values())
         assert described[0].text == (system.text if messages[0] is system else "")
         assert described[-1] == question
         written = chat.tokenizer.decode(chat.encode_prompt(described).token_ids)
         assert all(f"{json.dumps(json.loads(tool.description), ensure_ascii=False)}\n" in written for tool in tools.values())
     with pytest.raises(DataError, match="the messages describe 2 tools of their own, and the recipe 2"):
-        describe_tools(described, tuple(tools.values()))
+        describe_tools(described, tuple(tool.description for tool in tools.values()))
 
 
 def test_every_type_that_a_tool_may_have_is_in_the_words():
