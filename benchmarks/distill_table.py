@@ -1,7 +1,7 @@
 """Reinforcement learning against on-policy distillation from one student, in the form of table 21 of Qwen3's report (arXiv:2505.09388).
 
-`python benchmarks/distill_table.py [--quick] [--seeds N ...] [--output FOLDER]`: an hour and a half on two cores. All stages are those
-of `recipes/nano_on_policy.yaml`, on sums of two handwritten digits:
+`python benchmarks/distill_table.py [--quick] [--seeds N ...] [--output FOLDER] [--resume]`: an hour and a half on two cores. All stages
+are those of `recipes/nano_on_policy.yaml`, on sums of two handwritten digits:
 
 - a teacher (4.6 million parameters) is trained once; its seconds are a column of their own;
 - a seed's student (1.3 million) learns from the teacher's verified responses to a few hundred questions: the row "off-policy";
@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 from vlpost.recipes.run_log import installed_versions
+from vlpost.recipes.runner import DONE_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "nano_on_policy.yaml"
@@ -67,8 +68,11 @@ class Runs:
         self.recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
 
     def run(self, name: str, stages: Mapping[str, Any], seed: int) -> Path:
-        """Runs the stages as a chain and returns its folder."""
+        """Runs the stages as a chain and returns its folder; a chain that an earlier call has finished is not run again."""
         folder = self.folder / name
+        if all((folder / "run" / stage / DONE_FILE).exists() for stage in stages):
+            return folder / "run"
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         chain = {**self.recipe, "output": str(folder / "run"), "common": {**self.recipe["common"], "seed": seed}, "stages": dict(stages)}
         path = folder / "recipe.yaml"
@@ -225,9 +229,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are whole in the output folder; others are done again")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "benchmark_distill_table")
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.output, ignore_errors=True)
+    if not arguments.resume:
+        shutil.rmtree(arguments.output, ignore_errors=True)
     runs = Runs(arguments.output, arguments.quick)
     teacher = train_teacher(runs)
     rates, num_steps, trials = tune(runs, teacher["export"])
