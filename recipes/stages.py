@@ -44,6 +44,7 @@ from .run_log import RunLog
 from .schema import EvaluateRecipe, OffPolicyDistillRecipe, OnPolicyDistillRecipe, RlRecipe, RolloutStageConfig, SftRecipe, TrainingRecipe
 from .served_teachers import TeacherOpening
 from .sft_phases import PhasePlan, dealt, examples_of_step, open_phases, plan_of_step, plan_phases
+from .strata import stratified
 from .training import Training, limit_s, phase_of
 from .watchdog import Watchdog
 
@@ -460,7 +461,11 @@ def _loop(training: Training, step_function: StepFunction) -> None:
         training.interrupt.check()
         examples = training.stream.examples(*_examples_of_step(training.recipe, training.step))
         ranks = training.learner.ranks
-        examples = ranks.share(dealt(examples, ranks.size) if isinstance(recipe, SftRecipe) else examples)
+        if isinstance(recipe, SftRecipe):
+            examples = dealt(examples, ranks.size)
+        else:
+            examples = stratified(examples, num_mini_batches=recipe.rounds.num_mini_batches)
+        examples = ranks.share(examples)
         with training.phase("step" if isinstance(recipe, RolloutStageConfig) else "update"):
             metrics, scored = step_function(training.step, examples)
         metrics = {**metrics, **training.learner.ranks.merge([reward_spread(scored)])}

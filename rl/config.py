@@ -118,6 +118,33 @@ class KlRewardConfig(Settings):
 KlConfig = Annotated[KlLossConfig | KlRewardConfig, Field(discriminator="in_")]
 
 
+class OverlongMaskConfig(Settings):
+    """Responses that were cut off are left out, of their group's advantages as well as of the loss (DAPO's over-long filtering)."""
+
+    use: Literal["mask"]
+
+
+class OverlongPenaltyConfig(Settings):
+    """Long responses lose reward, the more the nearer they come to a length (DAPO's soft over-long punishment, arXiv:2503.14476)."""
+
+    use: Literal["penalty"]
+    max_tokens: int = Field(ge=1)
+    """Sampled tokens, of all turns, from which on the whole weight is taken; DAPO has 20,480."""
+    buffer_tokens: int = Field(ge=1)
+    """Over so many tokens before, the penalty grows from 0; DAPO has 4,096."""
+    weight: float = Field(default=1.0, gt=0)
+    """Reward that is taken at most."""
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> OverlongPenaltyConfig:
+        if self.buffer_tokens > self.max_tokens:
+            raise ValueError(f"buffer_tokens = {self.buffer_tokens} is above max_tokens = {self.max_tokens}: the penalty would never be 0")
+        return self
+
+
+OverlongConfig = Annotated[OverlongMaskConfig | OverlongPenaltyConfig, Field(discriminator="use")]
+
+
 class RlConfig(Settings):
     """One stage of reinforcement learning."""
 
@@ -131,6 +158,9 @@ class RlConfig(Settings):
     policy_loss: PolicyLossConfig = SapoConfig()
     kl: KlConfig | None = None
     """A term that holds the policy near the model that the stage starts from; absent: none, as in SAPO (arXiv:2511.20347)."""
+    overlong: OverlongConfig | None = None
+    """What becomes of responses that are too long; absent: they count as they were judged, cut off or not. The reports of SAPO and
+    Qwen3-VL say nothing of it, and masking has helped some runs and harmed others: hence none."""
     scale_advantages: Literal["std", "none"] = "std"
     normalize_by: Literal["planned", "signal"] = "planned"
     """Denominator of a mini-batch's mean over responses: all that were planned, or only those of groups with signal. `planned` keeps

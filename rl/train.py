@@ -23,11 +23,12 @@ from ..model.rollouts import Drawing, StepClock, conversation_metrics, draw_grou
 from ..model.sampler import Sampler, request_seed
 from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
-from ..rewards.result import JudgedRollout, ScoredGroup
+from ..rewards.result import ScoredGroup
 from ..rewards.summary import group_outcomes, summarise
 from .advantages import group_advantages, has_signal
 from .config import RlConfig
 from .kl import kl_in_reward
+from .overlong import with_less_reward, with_overlong_rule
 from .step_loss import MicroBatchLoss, PolicyBatch, PolicyTargets, SeenLogprobs, reference_metrics, token_metrics
 
 
@@ -86,7 +87,8 @@ class RlStage:
         with clock.phase("reward"):
             scored = self.rewards.score(groups)
         with clock.phase("update"):
-            penalised, penalties = self._with_kl_penalties(scored)
+            ruled, overlong = with_overlong_rule(scored, self.config.overlong)
+            penalised, penalties = self._with_kl_penalties(ruled)
             mini_batches = self._mini_batches(penalised)
             # Before the first update pi_old is the policy itself, so only later mini-batches need their old log-probs ahead of it.
             old = [[self._old_logprobs(batch) for batch in batches] if index else None for index, batches in enumerate(mini_batches)]
@@ -95,7 +97,7 @@ class RlStage:
         with clock.phase("publish"):
             publish(self.learner, self.sampler)
         ranks = self.learner.ranks
-        measured = ranks.merge([*updates, *penalties, _rollout_metrics(scored), clock.metrics(groups)])
+        measured = ranks.merge([*updates, *penalties, overlong, _rollout_metrics(scored), clock.metrics(groups)])
         measured["skipped_updates"] = float(sum(not batches for batches in mini_batches))
         measured |= token_metrics([part for rank in ranks.gather(seen) for part in rank], self.config.policy_loss)
         outcomes = [group for rank in ranks.gather(group_outcomes(scored)) for group in rank]
@@ -154,7 +156,7 @@ class RlStage:
             penalties |= {sequence.targets: value for sequence, value in zip(batch.sequences, found.tolist(), strict=True)}
             measured.append(reference_metrics(old_logprobs, reference_logprobs) | {"kl_penalty": mean(found.mean(), len(found))})
         penalised = [
-            replace(group, judged=tuple(_less(judged, penalties[g, number]) for number, judged in enumerate(group.judged)))
+            replace(group, judged=tuple(with_less_reward(judged, penalties[g, number]) for number, judged in enumerate(group.judged)))
             for g, group in enumerate(scored)
         ]
         return penalised, measured
@@ -193,10 +195,6 @@ def policy_families(
             ]
         )
     return families
-
-
-def _less(judged: JudgedRollout, penalty: float) -> JudgedRollout:
-    return replace(judged, score=replace(judged.score, reward=judged.score.reward - penalty))
 
 
 def _rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Metric]:
