@@ -125,9 +125,8 @@ class OnPolicyDistillStage:
             publish(self.learner, self.sampler)
         seen = [loss.metrics for of_batch in losses for loss in of_batch]
         ranks = self.learner.ranks
-        measured = ranks.merge(
-            [*updates, *seen, length_metrics([rollout for group in groups for rollout in group.rollouts]), clock.metrics(groups)]
-        )
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        measured = ranks.merge([*updates, *seen, length_metrics(rollouts), clock.metrics(rollouts)])
         if self.rewards is not None:
             outcomes = [group for rank in ranks.gather(group_outcomes(judged)) for group in rank]
             measured |= summarise(outcomes, full_values=self.rewards.full_values).metrics()

@@ -97,16 +97,16 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures the block, inside the watchdog's phase of that name."""
+        """Adds the block's seconds, inside the watchdog's phase of that name."""
         start = time.perf_counter()
         with self.watched(name):
             yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def metrics(self, groups: Sequence[Group]) -> dict[str, Metric]:
+    def metrics(self, rollouts: Sequence[Rollout]) -> dict[str, Metric]:
         """Returns the slowest rank's seconds and, for `speeds`, how many tokens were drawn and computed in them."""
         measured = {f"time/{name}_s": maximum(seconds) for name, seconds in self.seconds.items()}
-        measured["sampled_tokens"] = total(sum(rollout.num_sampled_tokens for group in groups for rollout in group.rollouts))
+        measured["sampled_tokens"] = total(sum(rollout.num_sampled_tokens for rollout in rollouts))
         return measured
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -277,7 +278,7 @@ def _start(training: Training, resume: bool) -> None:
         # Also without a checkpoint: a run killed before its first one has logged steps that will be done again.
         training.log.truncate_after(phase_of(recipe), training.step)
         training.log.event("resumed", step=training.step)
-    first = training.stream.examples(*_examples_of_step(recipe, training.step))
+    first = training.stream.examples(*_examples_of_step(training))
     training.log.event("data", fingerprint=fingerprint(first), examples=len(first))
     _check_sight(training, first)
     if isinstance(recipe, RlRecipe) or (isinstance(recipe, OnPolicyDistillRecipe) and recipe.distill.task_rewards is not None):
@@ -329,11 +330,23 @@ def _gate_examples(training: Training) -> list[Example]:
     return open_stream(recipe.validation.data, seed=0, with_solution=False).examples(0, recipe.parity.num_examples)
 
 
-def _examples_of_step(recipe: TrainingRecipe, step: int) -> tuple[int, int]:
-    """Returns the number of the step's first example, and how many it has; steps count from 0."""
+def _examples_of_step(training: Training) -> tuple[int, int]:
+    """Returns the number of the next step's first example, and how many it has."""
+    recipe = training.recipe
     if isinstance(recipe, SftRecipe):
-        return examples_of_step(plan_phases(recipe), step)
-    return step * recipe.rounds.prompts_per_step, recipe.rounds.prompts_per_step
+        return examples_of_step(plan_phases(recipe), training.step)
+    return training.next_example, recipe.rounds.prompts_per_step
+
+
+def _take_examples(training: Training) -> Sequence[Example]:
+    """Returns this rank's part of the step's next examples, in the order of mini-batches; what it takes counts when the step is done."""
+    recipe, ranks = training.recipe, training.learner.ranks
+    if isinstance(recipe, SftRecipe):
+        return ranks.share(dealt(training.stream.examples(*_examples_of_step(training)), ranks.size))
+    count = recipe.rounds.prompts_per_step
+    examples = training.stream.examples(training.examples_taken, count)
+    training.examples_taken += count
+    return ranks.share(stratified(examples, num_mini_batches=recipe.rounds.num_mini_batches))
 
 
 StepFunction = Callable[[int, Sequence[Example]], tuple[Mapping[str, float], Sequence[ScoredGroup]]]
@@ -359,7 +372,7 @@ def _step_function(training: Training, soft: SoftTargets | None) -> StepFunction
     )
 
     def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
-        result = rl.step(number, examples, training.interrupt.check)
+        result = rl.step(number, examples, training.interrupt.check, partial(_take_examples, training))
         return result.metrics, result.scored_groups
 
     return step
@@ -459,17 +472,13 @@ def _loop(training: Training, step_function: StepFunction) -> None:
     log.start_phase(phase, num_steps=training.num_steps, steps_done=training.step)
     while training.step < training.num_steps and not _at_plateau(training):
         training.interrupt.check()
-        examples = training.stream.examples(*_examples_of_step(training.recipe, training.step))
-        ranks = training.learner.ranks
-        if isinstance(recipe, SftRecipe):
-            examples = dealt(examples, ranks.size)
-        else:
-            examples = stratified(examples, num_mini_batches=recipe.rounds.num_mini_batches)
-        examples = ranks.share(examples)
+        training.examples_taken = training.next_example
+        examples = _take_examples(training)
         with training.phase("step" if isinstance(recipe, RolloutStageConfig) else "update"):
             metrics, scored = step_function(training.step, examples)
         metrics = {**metrics, **training.learner.ranks.merge([reward_spread(scored)])}
         training.step += 1
+        training.next_example = training.examples_taken
         training.version_at_step = training.learner.policy_version
         log.metrics(phase, training.step, metrics)
         if scored:

@@ -80,6 +80,10 @@ class Training:
     alarms: Alarms
     roll_backs: RollBacks
     step: int = 0
+    next_example: int = 0
+    """The number of the next step's first example, of stages that draw; dynamic sampling moves it by more than a step's examples."""
+    examples_taken: int = 0
+    """The same as far as the step in flight has come; it counts once the step is done."""
     saved_step: int = -1
     version_at_step: int = 0
     """The learner's policy version when `step` was reached."""
@@ -124,6 +128,7 @@ class Training:
             "plateau": {"best": self.plateau.best, "stale": self.plateau.stale},
             "alarms": self.alarms.state(),
             "roll_backs": self.roll_backs.state(),
+            "next_example": self.next_example,
             "rng": rng_state(),
             "unsafe_sandbox": self.rewards.is_unsafe,
             "recipe": comparable_recipe(self.recipe),
@@ -156,6 +161,7 @@ class Training:
         self.roll_backs.load(checkpoint.state["roll_backs"])
         load_rng_state(checkpoint.state["rng"])
         self.step = self.saved_step = checkpoint.step
+        self.next_example = checkpoint.state["next_example"]
         self.version_at_step = self.learner.policy_version
 
     def roll_back(self, step: int) -> None:

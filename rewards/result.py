@@ -82,3 +82,8 @@ class ScoredGroup:
     example: Example
     judged: tuple[JudgedRollout, ...]
     unjudged: tuple[UnjudgedRollout, ...]
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """All of them, the judged first."""
+        return tuple(one.rollout for one in (*self.judged, *self.unjudged))

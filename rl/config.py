@@ -145,6 +145,15 @@ class OverlongPenaltyConfig(Settings):
 OverlongConfig = Annotated[OverlongMaskConfig | OverlongPenaltyConfig, Field(discriminator="use")]
 
 
+class DynamicSamplingConfig(Settings):
+    """Groups whose rewards are all equal, or of which fewer than two could be judged, are replaced by further ones (DAPO,
+    arXiv:2503.14476)."""
+
+    max_rounds: int = Field(default=3, ge=1, le=100)
+    """Rounds of further groups in one step; then it goes on with what there is. DAPO's code has at most 10, each of three times a batch;
+    ours draw only what is missing."""
+
+
 class RlConfig(Settings):
     """One stage of reinforcement learning."""
 
@@ -158,6 +167,9 @@ class RlConfig(Settings):
     policy_loss: PolicyLossConfig = SapoConfig()
     kl: KlConfig | None = None
     """A term that holds the policy near the model that the stage starts from; absent: none, as in SAPO (arXiv:2511.20347)."""
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """Absent: groups without a signal are left out of the update, which then has fewer. The reports of SAPO and Qwen3-VL filter prompts
+    beforehand instead (`vlpost curate`, step difficulty) and say nothing of it."""
     overlong: OverlongConfig | None = None
     """What becomes of responses that are too long; absent: they count as they were judged, cut off or not. The reports of SAPO and
     Qwen3-VL say nothing of it, and masking has helped some runs and harmed others: hence none."""

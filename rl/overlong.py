@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..model.metrics import Metric, mean
 from ..rewards.result import JudgedRollout, ScoredGroup, UnjudgedRollout
+from .advantages import has_signal
 from .config import OverlongConfig, OverlongPenaltyConfig
 
 
@@ -35,6 +36,12 @@ def with_overlong_rule(scored: Sequence[ScoredGroup], config: OverlongConfig | N
         for group in scored
     ]
     return kept, {"overlong_masked_frac": mean(sum(map(_is_cut_off, judged)) / len(judged), len(judged))}
+
+
+def has_signal_left(group: ScoredGroup, config: OverlongConfig | None) -> bool:
+    """Returns whether a group moves the policy under the rule: at least two responses are left and their rewards differ."""
+    ((ruled,), _) = with_overlong_rule([group], config)
+    return len(ruled.judged) >= 2 and has_signal([one.score.reward for one in ruled.judged])
 
 
 def overlong_penalty(judged: JudgedRollout, config: OverlongPenaltyConfig) -> float:

@@ -27,8 +27,9 @@ from ..rewards.result import ScoredGroup
 from ..rewards.summary import group_outcomes, summarise
 from .advantages import group_advantages, has_signal
 from .config import RlConfig
+from .dynamic_sampling import ExampleSource, Refilled, refill
 from .kl import kl_in_reward
-from .overlong import with_less_reward, with_overlong_rule
+from .overlong import has_signal_left, with_less_reward, with_overlong_rule
 from .step_loss import MicroBatchLoss, PolicyBatch, PolicyTargets, SeenLogprobs, reference_metrics, token_metrics
 
 
@@ -68,26 +69,21 @@ class RlStage:
         self.phase = phase
         self.draw: Drawing = draw or partial(draw_groups, sampler=sampler, chat=chat)
 
-    def step(self, step: int, examples: Sequence[Example], check_interrupt: Callable[[], None]) -> RlStepResult:
+    def step(
+        self, step: int, examples: Sequence[Example], check_interrupt: Callable[[], None], next_examples: ExampleSource | None = None
+    ) -> RlStepResult:
         """Draws a group for each example, updates the policy in mini-batches and publishes the new weights.
 
-        `examples` are this rank's, as many as every other rank's. `check_interrupt` is called once the rollouts are there; what it raises
-        drops them, and no weight has changed.
+        `examples` are this rank's, as many as every other rank's; `next_examples` are further ones, for dynamic sampling.
+        `check_interrupt` is called whenever rollouts are there; what it raises drops them, and no weight has changed.
         """
         clock = StepClock(self.phase)
-        with clock.phase("rollout"):
-            groups = self.draw(
-                examples,
-                num_rollouts=self.config.group_size,
-                temperature=self.distribution.temperature,
-                seed_of=lambda example: request_seed(self.seed, "rollout", step, example.id),
-            )
-        check_interrupt()
+        draw = partial(self._draw_and_judge, step, clock=clock, check_interrupt=check_interrupt)
+        scored = draw(examples)
+        refilled = self._refill(scored, draw, next_examples)
         self.sampler.release_memory()
-        with clock.phase("reward"):
-            scored = self.rewards.score(groups)
         with clock.phase("update"):
-            ruled, overlong = with_overlong_rule(scored, self.config.overlong)
+            ruled, overlong = with_overlong_rule(refilled.groups, self.config.overlong)
             penalised, penalties = self._with_kl_penalties(ruled)
             mini_batches = self._mini_batches(penalised)
             # Before the first update pi_old is the policy itself, so only later mini-batches need their old log-probs ahead of it.
@@ -96,13 +92,47 @@ class RlStage:
             updates = [self._update(batches, logprobs, seen) for batches, logprobs in zip(mini_batches, old, strict=True)]
         with clock.phase("publish"):
             publish(self.learner, self.sampler)
-        ranks = self.learner.ranks
-        measured = ranks.merge([*updates, *penalties, overlong, _rollout_metrics(scored), clock.metrics(groups)])
+        ranks, scored = self.learner.ranks, [*scored, *refilled.further]
+        rollouts = [rollout for group in scored for rollout in group.rollouts]
+        measured = ranks.merge([*updates, *penalties, overlong, refilled.metrics, _rollout_metrics(scored), clock.metrics(rollouts)])
         measured["skipped_updates"] = float(sum(not batches for batches in mini_batches))
         measured |= token_metrics([part for rank in ranks.gather(seen) for part in rank], self.config.policy_loss)
         outcomes = [group for rank in ranks.gather(group_outcomes(scored)) for group in rank]
         summary = summarise(outcomes, full_values=self.rewards.full_values)
         return RlStepResult(metrics={**measured, **summary.metrics(), **speeds(measured)}, scored_groups=tuple(scored))
+
+    def _draw_and_judge(
+        self, step: int, examples: Sequence[Example], *, clock: StepClock, check_interrupt: Callable[[], None]
+    ) -> list[ScoredGroup]:
+        """Returns a judged group for each example."""
+        with clock.phase("rollout"):
+            groups = self.draw(
+                examples,
+                num_rollouts=self.config.group_size,
+                temperature=self.distribution.temperature,
+                seed_of=lambda example: request_seed(self.seed, "rollout", step, example.id),
+            )
+        check_interrupt()
+        if self.config.dynamic_sampling is None:  # else the engine may have to draw again
+            self.sampler.release_memory()
+        with clock.phase("reward"):
+            return self.rewards.score(groups)
+
+    def _refill(
+        self, scored: list[ScoredGroup], draw: Callable[[Sequence[Example]], list[ScoredGroup]], next_examples: ExampleSource | None
+    ) -> Refilled:
+        """Returns the groups to learn from: without dynamic sampling those that were drawn."""
+        if self.config.dynamic_sampling is None:
+            return Refilled(groups=scored, further=[], metrics={})
+        assert next_examples is not None, "dynamic sampling needs further examples"
+        return refill(
+            scored,
+            max_rounds=self.config.dynamic_sampling.max_rounds,
+            next_examples=next_examples,
+            draw=draw,
+            is_learned=lambda group: has_signal_left(group, self.config.overlong),
+            over_ranks=self.learner.ranks.total,
+        )
 
     def _mini_batches(self, scored: Sequence[ScoredGroup]) -> list[list[PolicyBatch]]:
         """Returns the packed micro-batches of each optimizer update; groups without signal have weight 0 and are left out."""
@@ -201,7 +231,7 @@ def _rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Metric]:
     """Returns lengths and solved shares of the rollouts; a response counts as solved when its reward is above 0."""
     measured: dict[str, Metric] = {"groups_without_signal": total(0), "dropped_groups": total(0)}
     measured |= length_metrics([judged.rollout for group in scored for judged in group.judged])
-    measured |= conversation_metrics([one.rollout for group in scored for one in (*group.judged, *group.unjudged)])
+    measured |= conversation_metrics([rollout for group in scored for rollout in group.rollouts])
     judged_groups = [[judged.score.reward for judged in group.judged] for group in scored if len(group.judged) >= 2]
     measured["dropped_groups"] = total(len(scored) - len(judged_groups))
     measured["groups_without_signal"] = total(sum(not has_signal(group) for group in judged_groups))

@@ -28,7 +28,7 @@ stages:
   sapo:
     method: rl
     model: {{stage: sft}}
-    rl: {{num_steps: 8, prompts_per_step: 4, group_size: 4, num_mini_batches: 2}}
+    rl: {{num_steps: 8, prompts_per_step: 4, group_size: 4, num_mini_batches: 2, dynamic_sampling: {{max_rounds: 2}}}}
     learner: {{learning_rate: 1.0e-3}}
   measure:
     method: evaluate
@@ -37,11 +37,11 @@ stages:
     evaluate: {{num_examples: 4, num_samples: 2}}
 """
 
-# An untrained policy never answers right; what it can do is stop early, so every group has signal.
+# An untrained policy never answers right; what it can do is stop early. Rounded, so that some groups have no signal and are replaced.
 REWARD = '''
 def few_tokens(example, rollout):
     """Higher for shorter responses, between 0 and 1."""
-    return 1.0 / rollout.num_sampled_tokens
+    return round(1.0 / rollout.num_sampled_tokens, 1)
 '''
 
 
@@ -103,7 +103,10 @@ def outcome(recipe: Path) -> dict[str, object]:
 def uninterrupted(tmp_path_factory):
     recipe = write_recipe(tmp_path_factory.mktemp("whole"))
     finish(start(recipe), recipe, 0)
-    return outcome(recipe)
+    left = outcome(recipe)
+    refilled = [line["values"]["refill_groups"] for line in left["metrics"] if line["phase"] == "sapo"]
+    assert sum(map(bool, refilled)) > 0, "no step drew further groups: the runs would not differ if they were lost"
+    return left
 
 
 def assert_same(recipe: Path, uninterrupted: dict[str, object]) -> None:
