@@ -90,8 +90,9 @@ def test_a_recipe_that_does_not_fit_together_is_refused(tmp_path, old, new, word
         load_recipe(tmp_path / "recipe.yaml")
 
 
-@pytest.mark.parametrize("name", ["nano_on_policy.yaml", "qwen3_vl_2b_from_32b_on_policy.yaml"])
-def test_the_shipped_recipes_load_and_say_that_they_were_not_run(name):
-    path = Path(vlpost.recipes.__file__).parent / name
-    assert load_recipe(path).recipe.method in ("chain", "on_policy_distill")
-    assert "not run" in path.read_text(encoding="utf-8").partition("method:")[0].lower()
+def test_the_shipped_recipes_load_and_that_of_a_real_model_says_that_it_was_not_run():
+    folder = Path(vlpost.recipes.__file__).parent
+    assert load_recipe(folder / "nano_on_policy.yaml").recipe.method == "chain"
+    real = folder / "qwen3_vl_2b_from_32b_on_policy.yaml"
+    assert load_recipe(real).recipe.method == "on_policy_distill"
+    assert "not run" in real.read_text(encoding="utf-8").partition("method:")[0].lower()
