@@ -81,9 +81,10 @@ def describe_chance(metrics: Mapping[str, float]) -> str:
     if not known:
         return f"{line}; the chance level is unknown: no row names its choices, and no task has more rows in a shard than there are tries"
     by_choices = metrics["chance/rows_by_choices"]
-    of_tries, of_rows = metrics["chance/tries_solved"] / (known * metrics["tries"] / tried), metrics["chance/rows_solved"] / known
+    of_tries = metrics["chance/tries_solved"] / (known * metrics["tries"] / tried)
+    of_rows, of_repeated = metrics["chance/rows_solved"] / known, metrics["chance/rows_repeated"] / known
     return (
-        f"{line}; chance level: {of_tries:.1%} of tries; of rows {of_rows:.2%} if every try is a fresh guess, {of_tries:.1%} if the model "
-        f"repeats one guess (by the given choices for {by_choices:g} rows, by the answers of other rows of the task for "
+        f"{line}; chance level: {of_tries:.1%} of tries; of rows {of_rows:.2%} if every try is a fresh guess, {of_repeated:.1%} if every "
+        f"model repeats one guess (by the given choices for {by_choices:g} rows, by the answers of other rows of the task for "
         f"{known - by_choices:g}, unknown for {tried - known:g})"
     )

@@ -35,6 +35,13 @@ class EngineModel(Settings):
             raise ValueError(f"{path!r} is neither a hub name (org/name) nor a path: write ./{path} for a folder here")
         return path
 
+    @field_validator("sampler")
+    @classmethod
+    def _in_this_process(cls, sampler: SamplerConfig) -> SamplerConfig:
+        if sampler.serve is not None:
+            raise ValueError("sampler.serve is of stages that train or evaluate; here the engine runs in this process: take serve out")
+        return sampler
+
 
 class CandidateModel(EngineModel):
     """A model that writes candidates."""
@@ -65,20 +72,22 @@ class GenerateConfig(Settings):
 
 
 class ImageNecessityConfig(Settings):
-    """`image_necessity`: drops what a model solves without the image; rows that show none pass untouched.
+    """`image_necessity`: drops what models solve without the image; rows that show none pass untouched.
 
     Qwen3-VL's report (4.2.2) drops items of vision-language mathematics that a model solves without the image. It states neither the
-    number of tries nor how many must succeed: both are our choice.
+    number of tries nor how many must succeed: both are our choice, and so are several models.
     """
 
     use: Literal["image_necessity"]
-    model: EngineModel
+    models: dict[str, EngineModel] = Field(min_length=1)
+    """Name -> model, one after another in memory. A row is dropped when each of them solves it: one alone that guesses, and makes the same
+    guess in all of its tries, is right as often as with one try."""
     rewards: RewardsConfig
     """What finds a try right; `unavailable` judgements stop the shard whatever `on_unavailable` says."""
     tries: int = Field(default=4, ge=1)
-    """k: responses to each query without its images and videos."""
+    """k: responses of each model to each query without its images and videos."""
     min_solved: int | None = Field(default=None, ge=1)
-    """m: a row is dropped when at least so many of its tries are right. Absent: all of them."""
+    """m: a model solves a row when at least so many of its tries are right. Absent: all of them."""
     solved_reward: float = 1.0
     """A try with at least this reward counts as right; 1.0 is a verifier's full value at weight 1."""
 

@@ -1,6 +1,6 @@
-"""The step `image_necessity` of `vlpost curate`: drops rows that a model solves without their image.
+"""The step `image_necessity` of `vlpost curate`: drops rows that every model solves without their image.
 
-Text stays as it is, image and video parts are taken out, the model tries k times, and the reward manager judges each try by the row's
+Text stays as it is, image and video parts are taken out, each model tries k times, and the reward manager judges each try by the row's
 own answer. Who guesses is right now and then: how many rows luck alone would drop is counted beside those that were dropped.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -21,10 +21,8 @@ from .curate_generate import Asked, Engines, OpenEngine, draw, open_engine
 from .curate_query import as_query, query_messages, unavailable
 from .curate_step import CuratedRow, StepContext, StepResult
 
-MODEL = "blind"
-"""The engine's name; there is only one."""
 BARS = "Tries right without the image"
-"""Title of the histogram of rows."""
+"""Title of the histogram of rows, before the model's name."""
 
 
 def without_media(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -53,7 +51,7 @@ class ImageNecessityStep:
                     cache_folder=context.output,
                 )
             )
-            engines = opened.enter_context(Engines({MODEL: self._config.model}, open_engine=self._open_engine))
+            engines = opened.enter_context(Engines(self._config.models, open_engine=self._open_engine))
             step = OpenImageNecessity(self._config, engines=engines, rewards=rewards, seed=context.seed)
             yield step
         print(describe_chance(step.totals), flush=True)
@@ -71,7 +69,7 @@ class OpenImageNecessity:
         """Sums of the metrics of all shards so far."""
 
     def run(self, rows: Sequence[CuratedRow], *, shard: int) -> StepResult:
-        """Returns the rows that need their image, or have none, in order; `blind_tries` and `blind_solved` are among their notes.
+        """Returns the rows that need their image, or have none, in order; `blind_tries` and `blind_solved/<model>` are among their notes.
 
         A query that cannot be asked without its image, too long say, or whose answer is not of the kind that its verifier compares with,
         is dropped by name. Raises `RewardUnavailableError` when a try could not be judged, `DataError` when no component judges the task.
@@ -81,26 +79,41 @@ class OpenImageNecessity:
             return StepResult(rows=tuple(rows), metrics={"without_image": len(rows)})
         problems = {index: problem for index in shown if (problem := self._answer_problem(rows[index].example)) is not None}
         asked = [index for index in shown if index not in problems]
-        drawn = self._draw([rows[index].example for index in asked])
-        tried = {index: rollouts for index, rollouts in zip(asked, drawn, strict=True) if not isinstance(rollouts, str)}
-        problems |= {index: reason for index, reason in zip(asked, drawn, strict=True) if isinstance(reason, str)}
-        solved = dict(zip(tried, self._num_solved([rows[index].example for index in tried], list(tried.values())), strict=True))
-        kept, dropped = [], []
+        solved: dict[int, dict[str, int]] = {index: {} for index in asked}
+        for model in self._config.models:
+            left = [index for index in asked if index not in problems]
+            drawn = self._draw(model, [rows[index].example for index in left])
+            tried = {index: rollouts for index, rollouts in zip(left, drawn, strict=True) if not isinstance(rollouts, str)}
+            problems |= {index: reason for index, reason in zip(left, drawn, strict=True) if isinstance(reason, str)}
+            counts = self._num_solved([rows[index].example for index in tried], list(tried.values()))
+            for index, count in zip(tried, counts, strict=True):
+                solved[index][model] = count
+        solved = {index: counts for index, counts in solved.items() if index not in problems}
+        kept, dropped, tries = [], [], self._config.tries
         for index, row in enumerate(rows):
             if index in problems:
                 dropped.append((row.example.id, problems[index]))
-            elif index in solved and solved[index] >= self._config.num_needed:
-                dropped.append((row.example.id, f"solved without the image: {solved[index]} of {self._config.tries} tries"))
+            elif index in solved and self._is_solved(solved[index]):
+                counts = ", ".join(f"{model} {count} of {tries} tries" for model, count in solved[index].items())
+                dropped.append((row.example.id, f"solved without the image: {counts}"))
             elif index in solved:
-                kept.append(replace(row, notes={**row.notes, "blind_tries": self._config.tries, "blind_solved": solved[index]}))
+                noted = {f"blind_solved/{model}": count for model, count in solved[index].items()}
+                kept.append(replace(row, notes={**row.notes, "blind_tries": tries, **noted}))
             else:
                 kept.append(row)
         metrics: dict[str, float] = {"without_image": len(rows) - len(shown)}
-        metrics |= self._metrics([rows[index].example for index in tried], list(solved.values()))
+        metrics |= self._metrics([rows[index].example for index in solved], list(solved.values()))
         for name, value in metrics.items():
             self.totals[name] = self.totals.get(name, 0.0) + value
-        bars = Counter(f"{count}/{self._config.tries}" for count in sorted(solved.values()))
-        return StepResult(rows=tuple(kept), dropped=tuple(dropped), metrics=metrics, histogram={BARS: {**self._empty_bars(), **bars}})
+        histogram = {}
+        for model in self._config.models:
+            bars = Counter(f"{counts[model]}/{tries}" for counts in solved.values())
+            histogram[f"{BARS}, {model}"] = {**self._empty_bars(), **bars}
+        return StepResult(rows=tuple(kept), dropped=tuple(dropped), metrics=metrics, histogram=histogram)
+
+    def _is_solved(self, counts: Mapping[str, int]) -> bool:
+        """Returns whether every model was right often enough."""
+        return min(counts.values()) >= self._config.num_needed
 
     def _answer_problem(self, example: Example) -> str | None:
         """Returns why no response could ever be found right, or None."""
@@ -112,18 +125,18 @@ class OpenImageNecessity:
                     return f"answer cannot be verified: {error}"
         return None
 
-    def _draw(self, examples: Sequence[Example]) -> list[tuple[Rollout, ...] | str]:
+    def _draw(self, model: str, examples: Sequence[Example]) -> list[tuple[Rollout, ...] | str]:
         if not examples:
             return []
         asked = [
             Asked(
                 place=example.id,
                 messages=without_media(query_messages(example)),
-                seeds=tuple(request_seed(self._seed, "image_necessity", example.id, number) for number in range(self._config.tries)),
+                seeds=tuple(request_seed(self._seed, "image_necessity", model, example.id, number) for number in range(self._config.tries)),
             )
             for example in examples
         ]
-        return draw(self._engines.use(MODEL), asked)
+        return draw(self._engines.use(model), asked)
 
     def _num_solved(self, examples: Sequence[Example], tries: Sequence[tuple[Rollout, ...]]) -> list[int]:
         """Returns how many tries of each example are right."""
@@ -141,7 +154,7 @@ class OpenImageNecessity:
     def _empty_bars(self) -> dict[str, int]:
         return {f"{count}/{self._config.tries}": 0 for count in range(self._config.tries + 1)}
 
-    def _metrics(self, examples: Sequence[Example], solved: Sequence[int]) -> dict[str, float]:
+    def _metrics(self, examples: Sequence[Example], solved: Sequence[Mapping[str, int]]) -> dict[str, float]:
         """Returns sums over the rows that were tried; see `describe_chance` for what they say."""
         config = self._config
         levels = chance_levels([as_query(example) for example in examples], tries=config.tries, needed=config.num_needed)
@@ -149,11 +162,12 @@ class OpenImageNecessity:
         num_by_choices = sum(num_choices(example.metadata) > 0 for example in examples)
         return {
             "tried": len(examples),
-            "tries": len(examples) * config.tries,
-            "tries_solved": sum(solved),
-            "rows_solved": sum(count >= config.num_needed for count in solved),
+            "tries": len(examples) * config.tries * len(config.models),
+            "tries_solved": sum(sum(counts.values()) for counts in solved),
+            "rows_solved": sum(map(self._is_solved, solved)),
             "chance/rows_known": len(known),
             "chance/rows_by_choices": num_by_choices,
-            "chance/tries_solved": config.tries * math.fsum(level.of_try for level in known),
-            "chance/rows_solved": math.fsum(level.of_drop for level in known),
+            "chance/tries_solved": config.tries * len(config.models) * math.fsum(level.of_try for level in known),
+            "chance/rows_solved": math.fsum(level.of_drop ** len(config.models) for level in known),
+            "chance/rows_repeated": math.fsum(level.of_try ** len(config.models) for level in known),
         }

@@ -38,8 +38,8 @@ def example(name, *media, answer="12", task="add", metadata=None, text="How much
 class Blind:
     """An engine that answers by row id and number of the try, and refuses to be shown anything."""
 
-    def __init__(self, script, log):
-        self.script, self.log = script, log
+    def __init__(self, script, log, model="m"):
+        self.script, self.log, self.model = script, log, model
 
     def encode_prompt(self, messages):
         assert not any(message.media for message in messages)
@@ -53,7 +53,7 @@ class Blind:
         seen, rollouts = {}, []
         for request in requests:
             number = seen[request.place] = seen.get(request.place, -1) + 1
-            assert (request.seed, request.num_rollouts) == (request_seed(3, "image_necessity", request.place, number), 1)
+            assert (request.seed, request.num_rollouts) == (request_seed(3, "image_necessity", self.model, request.place, number), 1)
             rollouts.append((rollout(self.script[request.place][number]),))
         return rollouts
 
@@ -75,10 +75,11 @@ def try_blind(tmp_path, asked):
     def run(script, *examples, **config):
         @contextmanager
         def open_blind(model):
-            engine = Blind(script, asked)
+            name = model.path.removeprefix("./")
+            engine = Blind(script.get(name, script), asked, name)
             yield Engine(sampler=engine, chat=engine, limits=model.sampler)  # pyright: ignore
 
-        settings = {"use": "image_necessity", "model": {"path": "./m", "sampler": LIMITS}, "rewards": COUNT, **config}
+        settings = {"use": "image_necessity", "models": {"m": {"path": "./m", "sampler": LIMITS}}, "rewards": COUNT, **config}
         step = ImageNecessityStep(ImageNecessityConfig.model_validate(settings), open_engine=open_blind)
         with step.open(StepContext(recipe_folder=tmp_path, output=tmp_path, seed=3)) as at_work:
             return at_work.run([CuratedRow(example=e, notes={"old": 1}) for e in examples], shard=0)
@@ -92,13 +93,13 @@ THREE = tuple(example(name, RED) for name in SCRIPT)
 
 def test_a_row_goes_when_all_tries_without_the_image_are_right(try_blind):
     result = try_blind(SCRIPT, *THREE)
-    assert result.dropped == (("all", "solved without the image: 4 of 4 tries"),)
+    assert result.dropped == (("all", "solved without the image: m 4 of 4 tries"),)
     assert [(row.example.id, dict(row.notes)) for row in result.rows] == [
-        ("three", {"old": 1, "blind_tries": 4, "blind_solved": 3}),
-        ("none", {"old": 1, "blind_tries": 4, "blind_solved": 0}),
+        ("three", {"old": 1, "blind_tries": 4, "blind_solved/m": 3}),
+        ("none", {"old": 1, "blind_tries": 4, "blind_solved/m": 0}),
     ]
     assert result.rows[0].example.media == (RED,)
-    assert list(result.histogram["Tries right without the image"].items()) == [
+    assert list(result.histogram["Tries right without the image, m"].items()) == [
         ("0/4", 1), ("1/4", 0), ("2/4", 0), ("3/4", 1), ("4/4", 1),
     ]  # fmt: skip
 
@@ -106,6 +107,21 @@ def test_a_row_goes_when_all_tries_without_the_image_are_right(try_blind):
 @pytest.mark.parametrize(("needed", "gone"), [(1, ["all", "three"]), (3, ["all", "three"]), (4, ["all"])])
 def test_how_many_tries_must_be_right_is_a_key(try_blind, needed, gone):
     assert [name for name, _ in try_blind(SCRIPT, *THREE, min_solved=needed).dropped] == gone
+
+
+def test_a_row_goes_only_where_every_model_solves_it(try_blind):
+    models = {name: {"path": f"./{name}", "sampler": LIMITS} for name in ("a", "b")}
+    script = {"a": SCRIPT, "b": {"all": [RIGHT] * 4, "three": [RIGHT] * 4, "none": [WRONG] * 4}}
+    result = try_blind(script, *THREE, models=models)
+    assert result.dropped == (("all", "solved without the image: a 4 of 4 tries, b 4 of 4 tries"),)
+    assert [dict(row.notes) for row in result.rows] == [
+        {"old": 1, "blind_tries": 4, "blind_solved/a": 3, "blind_solved/b": 4},
+        {"old": 1, "blind_tries": 4, "blind_solved/a": 0, "blind_solved/b": 0},
+    ]
+    assert (result.metrics["tries"], result.metrics["tries_solved"], result.metrics["rows_solved"]) == (24, 15, 1)
+    assert [bars["3/4"] for bars in result.histogram.values()] == [1, 0]
+    needed = try_blind(script, *THREE, models=models, min_solved=3)
+    assert [name for name, _ in needed.dropped] == ["all", "three"]
 
 
 def test_the_number_of_tries_is_a_key_and_all_of_them_is_the_default(try_blind):
@@ -245,10 +261,11 @@ def test_metrics_are_counts_that_add_up_and_the_line_says_where_chance_comes_fro
     assert result.metrics == {
         "without_image": 0, "tried": 4, "tries": 8, "tries_solved": 5, "rows_solved": 2,
         "chance/rows_known": 4, "chance/rows_by_choices": 1, "chance/tries_solved": 2 * 3.5, "chance/rows_solved": 3.25,
+        "chance/rows_repeated": 3.5,
     }  # fmt: skip
     assert describe_chance(result.metrics) == (
         "image_necessity: without images 62.5% of tries are right and 50.0% of 4 rows are dropped; chance level: 87.5% of tries; of rows "
-        "81.25% if every try is a fresh guess, 87.5% if the model repeats one guess (by the given choices for 1 rows, by the answers of "
+        "81.25% if every try is a fresh guess, 87.5% if every model repeats one guess (by the given choices for 1 rows, by the answers of "
         "other rows of the task for 3, unknown for 0)"
     )
     unknown = try_blind(SCRIPT, THREE[0]).metrics
@@ -261,11 +278,12 @@ def test_metrics_are_counts_that_add_up_and_the_line_says_where_chance_comes_fro
     [
         ({"tries": 2, "min_solved": 3}, "min_solved = 3 is above tries = 2: no row could ever be dropped"),
         ({"min_solved": 0}, "greater than or equal to 1"),
-        ({"model": {"path": "m", "sampler": LIMITS}}, "write ./m for a folder here"),
+        ({"models": {"m": {"path": "m", "sampler": LIMITS}}}, "write ./m for a folder here"),
+        ({"models": {}}, "at least 1 item"),
     ],
 )
 def test_settings_that_could_never_drop_a_row_are_refused(given, words):
-    settings = {"use": "image_necessity", "model": {"path": "./m", "sampler": LIMITS}, "rewards": COUNT, **given}
+    settings = {"use": "image_necessity", "models": {"m": {"path": "./m", "sampler": LIMITS}}, "rewards": COUNT, **given}
     with pytest.raises(ValidationError) as caught:
         ImageNecessityConfig.model_validate(settings)
     assert words in str(caught.value)
