@@ -148,10 +148,12 @@ class _Gradient:
 
 
 def _common_factor(grad_output: Tensor, weights: Tensor) -> float | None:
-    """Returns c where grad_output = c * weights to within rounding, else None."""
+    """Returns c where grad_output = c * weights to within rounding, else None; of no positions, as of a rank without a row, 0."""
+    if not len(weights):
+        return 0.0
     squares = float(weights.double().square().sum())
     factor = float((grad_output.double() * weights).sum()) / squares if squares else 0.0
-    largest = float((grad_output.double() - factor * weights).abs().max()) if len(weights) else 0.0
+    largest = float((grad_output.double() - factor * weights).abs().max())
     return factor if largest <= 4 * torch.finfo(grad_output.dtype).eps * abs(factor) * float(weights.abs().max()) else None
 
 

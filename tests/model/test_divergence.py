@@ -412,6 +412,16 @@ def test_weights_that_are_told_beforehand_change_nothing(divergence, factor, dty
             assert (mine - plain).norm() <= 20 * torch.finfo(dtype).eps * plain.norm()
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_no_positions_have_no_values_and_zero_gradients(divergence, is_told):
+    """A rank whose batch is empty still takes part in the backward pass."""
+    hidden, head, reference_hidden, reference_head = random_inputs()
+    nothing, weights = (hidden[:0], head, reference_hidden[:0], reference_head), hidden.new_zeros(0)
+    values, *gradients = gradients_of(divergence, nothing, weights if is_told else None, of_loss=weights)
+    assert len(values) == 0
+    assert [float(gradient.abs().sum()) for gradient in gradients] == [0.0, 0.0]
+
+
 def test_backward_takes_no_product_where_the_weights_were_told(divergence, monkeypatch):
     inputs, weights = random_inputs(), torch.rand(TOKENS, generator=torch.Generator().manual_seed(1))
     values = divergence(*inputs, allowed=None, temperature=1.0, weights=weights)

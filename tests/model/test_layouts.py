@@ -67,12 +67,14 @@ def alone(worker, untied_folder, untied_chat):
 def two_ranks(request, untied_folder, moe_folder, tmp_path_factory):
     """Runs the worker on two processes; returns the layout, its report and its folder."""
     output = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    logs = ["--redirects", "3", "--log-dir", str(output / "logs")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *logs, str(WORKER)]
     done = subprocess.run(
         [*command, str(untied_folder), str(moe_folder), str(output), request.param],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = "\n".join(f"{path.parent.name}: {path.read_text()[-2500:]}" for path in sorted((output / "logs").rglob("stderr.log")))
+    assert done.returncode == 0, said or done.stderr[-3000:]
     return request.param, json.loads((output / "report.json").read_text()), output
 
 

@@ -280,7 +280,7 @@ def test_a_policy_that_repeats_the_solution_writes_the_tokens_of_the_cold_start(
 
     chat = Chat(load_processor(build_nano(tmp_path / "nano", size="s", corpus=tokenizer_corpus(), vocab_size=448, seed=0)))
     tool, config = ZoomTool(TRACK_ZOOM), AgentConfig(tools=(TRACK_ZOOM,), describe_tools=False)
-    agent = Agent(chat=chat, tools={tool.name: tool}, config=config, max_turn_tokens=200, max_tokens=2048)
+    agent = Agent(chat=chat, tools={tool.name: tool}, config=config, max_turn_tokens=200, max_tokens=2048, max_images=8)
     seen = Counter()
     for index in range(9):
         example = draw("zoom_calls", index, split="validation")
@@ -307,11 +307,13 @@ def test_a_policy_that_repeats_the_solution_writes_the_tokens_of_the_cold_start(
             if conversation.ending is None:
                 conversation.run_tools()
         whole = conversation.rollout()
-        assert (whole.ending, whole.num_calls, whole.num_errors) == ("answered", example.metadata["target_calls"], 0)
-        assert (whole.rollout.token_ids, whole.rollout.sampled) == (row.token_ids, row.trained)
-        assert whole.rollout.media == example.media
-        assert count(example, whole.rollout).value == 1.0
-        seen[whole.num_calls] += 1
+        answers = [answer for turn in whole.turns for answer in turn.answers]
+        assert (whole.ending, len(answers)) == ("answered", example.metadata["target_calls"])
+        assert not any(answer.is_error for answer in answers)
+        assert (whole.token_ids, whole.sampled) == (row.token_ids, row.trained)
+        assert whole.media == example.media
+        assert count(example, whole).value == 1.0
+        seen[len(answers)] += 1
     assert set(seen) == {0, 1, 2}
 
 

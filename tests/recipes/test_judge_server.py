@@ -75,6 +75,7 @@ def test_a_real_server_gives_constrained_verdicts_about_images_and_leaves_nothin
         "deadline_s": 120,
     }
     config = RewardsConfig.model_validate({"components": {"judge": {"use": "llm_judge"}}, "judge": judge})
+    before = descendants(os.getpid())
     with open_llm_judge(LlmJudgeOptions(rubric="plumbing.yaml", images=True), config, recipe_folder) as opened:
         verdicts = [verdict for verdict, _seconds in opened.judge(rows)]
         assert all(isinstance(verdict, RewardResult) for verdict in verdicts), verdicts
@@ -89,7 +90,7 @@ def test_a_real_server_gives_constrained_verdicts_about_images_and_leaves_nothin
         url, token = opened._client._url, opened._client._api_key
         assert url.startswith("http://127.0.0.1:")
         assert httpx.get(f"{url}/models", trust_env=False).status_code == 401
-        processes = descendants(os.getpid())
+        processes = {pid: command for pid, command in descendants(os.getpid()).items() if pid not in before}
         assert any("api_server" in command for command in processes.values())
         assert [command for command in processes.values() if token in command] == []
     assert [pid for pid in processes if pid in descendants(os.getpid())] == []

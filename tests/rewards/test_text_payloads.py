@@ -23,6 +23,7 @@ ANSWERS = (
 METADATA = {
     "schema": {"type": ["object", "string", "number", "array"]},
     "constraints": [{"kind": "words", "at_most": 5}, {"kind": "json_format"}, {"kind": "title"}, {"kind": "language", "code": "en"}],
+    "target_calls": 1,
 }
 
 
