@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ..model.config import DType, Settings
+from ..model.config import DType, ServedConfig, Settings
 from ..rl.config import PolicyLossConfig, SapoConfig
 
 
@@ -105,8 +105,8 @@ class RequestsConfig(Settings):
     """How long the step pauses for a server that is away, seconds; then the run saves and ends. `watchdog.reward_s` must be longer."""
 
 
-class ServerConfig(Settings):
-    """How a run serves a teacher: vLLM in a process of its own, on this machine's loopback, behind a random key, gone with the run."""
+class ServerConfig(ServedConfig):
+    """How a run serves a teacher: vLLM in a process of its own."""
 
     port: int = Field(default=0, ge=0, le=65535)
     """0: any free one."""
@@ -122,33 +122,6 @@ class ServerConfig(Settings):
     """Memory for keys and values on the CPU."""
     max_images_per_prompt: int | None = Field(default=None, ge=0)
     """Absent: `sampler.max_images_per_prompt`, and none where distill.prompts is text."""
-    arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Further arguments of vLLM's server by name, such as `tensor_parallel_size: 4`; `true` gives the bare flag."""
-    start_timeout_s: float = Field(default=1800.0, gt=0)
-    """Longest wait until the server answers, seconds."""
-    max_restarts: int = Field(default=5, ge=0)
-    """How often a server that ended is started again in a run."""
-
-    @field_validator("arguments")
-    @classmethod
-    def _no_reserved_argument(cls, arguments: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
-        for name in arguments:
-            flag = name.strip("-").replace("_", "-").split(".")[0]
-            decided = [other for other in _DECIDED_ARGUMENTS if flag and (other.startswith(flag) or flag == f"no-{other}")]
-            if decided or not flag.replace("-", "").isalnum():
-                why = f"it stands for --{decided[0]}, which the run decides itself" if decided else "it is no name of an argument"
-                raise ValueError(f"argument {name!r} is not passed on to the server: {why}; take it out")
-        return arguments
-
-
-_DECIDED_ARGUMENTS = (
-    *("model", "host", "port", "uds", "api-key", "served-model-name", "max-model-len", "max-logprobs", "logprobs-mode", "dtype"),
-    *("limit-mm-per-prompt", "gpu-memory-utilization", "trust-remote-code", "enable-scale-out", "config", "root-path", "middleware"),
-    *("ssl-keyfile", "ssl-certfile", "enable-log-requests", "generation-config", "load-format", "tokenizer", "revision"),
-    *("allowed-local-media-path", "log-config-file", "logits-processors", "tool-parser-plugin", "reasoning-parser-plugin"),
-    *("io-processor-plugin", "worker-cls", "worker-extension-cls", "scheduler-cls", "kv-transfer-config", "ec-transfer-config"),
-)
-"""What the run sets, or what would move the server off loopback, away from its key, or to other code or another tokenizer."""
 
 
 class OnPolicyDistillConfig(Settings):

@@ -27,12 +27,12 @@ from ..model.packing import Batch
 from ..model.records import DataError, ImagePart, MediaPart, TrainSequence
 from ..model.reference import SparseStates
 from ..model.sampler import first_difference
+from ..model.token_client import GENERATE_PATH, image_content
 from .config import SampledTokenConfig, TopKConfig
 from .support import first_of_each, scored_states
 from .teacher import TeacherError
 from .teacher_client import Question, TeacherClient, TeacherPausedError
 
-_GENERATE = "/inference/v1/generate"
 _PROBE_TEXT = "A teacher scores what the student wrote: 3 + 4 = 7."
 _DECODED_IDS = 8192
 """Ids of one request when tokenizers are compared."""
@@ -145,12 +145,12 @@ class ServedTeacher:
         return [[found[_key(sequence)] for sequence in batch.sequences] for batch in batches]
 
     def _ask(self, rows: Sequence[tuple[TrainSequence[Any], np.ndarray | None]]) -> list[_Scores]:
-        images = {part.digest: _data_url(part, sequence.place) for sequence, _ in rows for part in sequence.media}
+        images = {part.digest: image_content(_image(part, sequence.place)) for sequence, _ in rows for part in sequence.media}
         return self._client.ask(
             [
                 Question(
                     place=sequence.place,
-                    path=_GENERATE,
+                    path=GENERATE_PATH,
                     # The ids here, on one thread: the chat's cache of processed images is made for one.
                     body=partial(self._body, sequence, compact_ids(sequence, self._chat), ids, images),
                     read=partial(self._read, sequence, ids),
@@ -160,7 +160,7 @@ class ServedTeacher:
         )
 
     def _body(
-        self, sequence: TrainSequence[Any], compact: Sequence[int], student_ids: np.ndarray | None, images: Mapping[str, str]
+        self, sequence: TrainSequence[Any], compact: Sequence[int], student_ids: np.ndarray | None, images: Mapping[str, Mapping[str, str]]
     ) -> dict[str, Any]:
         params: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0, "detokenize": False}
         if self._top_k or student_ids is None:
@@ -173,7 +173,7 @@ class ServedTeacher:
         return {
             "model": self._client.endpoint.model,
             "token_ids": compact,
-            "content_parts": [{"type": "image_url", "url": images[part.digest], "uuid": part.digest} for part in sequence.media],
+            "content_parts": [images[part.digest] for part in sequence.media],
             "sampling_params": params,
             "return_token_ids": True,
         }
@@ -258,15 +258,12 @@ def _key(sequence: TrainSequence[Any]) -> tuple[object, ...]:
     return sequence.token_ids, sequence.trained, tuple(part.digest for part in sequence.media)
 
 
-def _data_url(part: MediaPart, place: str) -> str:
-    """Returns the image as PNG, which loses nothing; the digest beside it tells equal images."""
+def _image(part: MediaPart, place: str) -> ImagePart:
     if not isinstance(part, ImagePart):
         raise DataError(
             f"{place}: a served teacher takes images only, this row has a video: drop the row, or take the teacher in this process"
         )
-    encoded = io.BytesIO()
-    part.image.save(encoded, format="PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+    return part
 
 
 def _scores_of_top(entries: Sequence[Mapping[str, Any]], drawn_ids: Sequence[int], top_k: int) -> _Scores:

@@ -17,17 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import httpx
-from pydantic_core import from_json
 
+from ..model.token_client import Endpoint, RequestFailedError, RequestRefusedError, ServerBusyError, answers, open_client, post
 from .config import RequestsConfig
 from .teacher import TeacherError
-from .teacher_server import Endpoint, answers
 
 _LONGEST_PAUSE_S = 30.0
 _POLL_S = 1.0
 _PROBE_TIMEOUT_S = 10.0
-_EXCERPT_CHARS = 300
-_BUSY = 429
 
 
 class TeacherPausedError(TeacherError):
@@ -52,16 +49,8 @@ class Question(Generic[Answer]):
     again."""
 
 
-class _FailedError(Exception):
-    """This request failed; the same one may succeed later."""
-
-
 class _GivenUpError(Exception):
     """Another request of the step has failed for good."""
-
-
-class _BusyError(Exception):
-    """The server asks for time."""
 
 
 class TeacherClient:
@@ -98,14 +87,7 @@ class TeacherClient:
             return []
         self._given_up.clear()
         with (
-            httpx.Client(
-                base_url=self.endpoint.url,
-                headers={**self.endpoint.headers, "Content-Type": "application/json"},
-                timeout=self._config.request_timeout_s,
-                trust_env=False,
-                follow_redirects=False,  # a redirect would take the key along
-                limits=httpx.Limits(max_connections=None),
-            ) as http,
+            open_client(self.endpoint, timeout_s=self._config.request_timeout_s) as http,
             ThreadPoolExecutor(min(self._config.max_concurrent, len(questions)), thread_name_prefix=f"teacher-{self.name}") as pool,
         ):
             futures = [pool.submit(self._ask, http, question) for question in questions]
@@ -126,12 +108,14 @@ class TeacherClient:
         while True:
             self._check_wanted()
             try:
-                reply = self._post(http, question, body)
-            except _BusyError as error:
+                reply = post(http, question.path, body)
+            except ServerBusyError as error:
                 if busy_s >= self._config.max_wait_s:
                     raise self._error(f"answered {error} to {question.place} for {busy_s:.0f} s: ask it less at once") from error
                 busy_s += self._pause(failures + 1)
-            except _FailedError as error:
+            except RequestRefusedError as error:
+                raise self._error(f"refused {question.place} with {error}") from error
+            except RequestFailedError as error:
                 if self._wait_until_back(http, str(error)):
                     continue
                 failures += 1
@@ -141,27 +125,6 @@ class TeacherClient:
                 self._pause(failures)
             else:
                 return question.read(reply)
-
-    def _post(self, http: httpx.Client, question: Question[Any], body: bytes) -> dict[str, Any]:
-        try:
-            reply = http.post(question.path, content=body)
-        except httpx.TransportError as error:
-            raise _FailedError(f"{type(error).__name__}: {error}") from error
-        said = f"status {reply.status_code}: {reply.text[:_EXCERPT_CHARS]}" if reply.status_code != 200 else ""
-        if reply.status_code == _BUSY:
-            raise _BusyError(said)
-        if reply.status_code >= 500 or reply.status_code == 408:
-            raise _FailedError(said)
-        if said:
-            raise self._error(f"refused {question.place} with {said}")
-        try:
-            # Several times as fast as `json`; takes NaN, which JSON has no word for and servers write all the same.
-            found = from_json(reply.content, cache_strings="keys")
-        except ValueError as error:
-            raise _FailedError(f"a reply that is no JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise _FailedError(f"a reply that is a {type(found).__name__}, not an object")
-        return found
 
     def _wait_until_back(self, http: httpx.Client, reason: str) -> bool:
         """Returns whether the server was away; then it is back."""

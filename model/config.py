@@ -5,9 +5,10 @@ Every class forbids unknown keys; units and sources stand at the field.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Part = Literal["vision", "merger", "language"]
 """Parts of a Qwen3-VL that freeze on their own: the tower, its mergers (DeepStack's too), the language model with its head."""
@@ -135,6 +136,65 @@ class LearnerConfig(Settings):
         return self
 
 
+class ServedConfig(Settings):
+    """What every vLLM server has that a run starts: on this machine's loopback, behind a random key, gone with the run."""
+
+    arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Further arguments of vLLM's server by name, such as `tensor_parallel_size: 4`; `true` gives the bare flag."""
+    start_timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest wait until the server answers, seconds."""
+    max_restarts: int = Field(default=5, ge=0)
+    """How often a server that ended is started again in a run."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _no_reserved_argument(cls, arguments: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+        for name in arguments:
+            flag = name.strip("-").replace("_", "-").split(".")[0]
+            decided = [other for other in _DECIDED_ARGUMENTS if flag and (other.startswith(flag) or flag == f"no-{other}")]
+            if decided or not flag.replace("-", "").isalnum():
+                why = f"it stands for --{decided[0]}, which the run decides itself" if decided else "it is no name of an argument"
+                raise ValueError(f"argument {name!r} is not passed on to the server: {why}; take it out")
+        return arguments
+
+
+_DECIDED_ARGUMENTS = (
+    *("model", "host", "port", "uds", "api-key", "served-model-name", "max-model-len", "max-logprobs", "logprobs-mode", "dtype"),
+    *("limit-mm-per-prompt", "gpu-memory-utilization", "trust-remote-code", "enable-scale-out", "config", "root-path", "middleware"),
+    *("ssl-keyfile", "ssl-certfile", "enable-log-requests", "generation-config", "load-format", "tokenizer", "revision"),
+    *("allowed-local-media-path", "log-config-file", "logits-processors", "tool-parser-plugin", "reasoning-parser-plugin"),
+    *("io-processor-plugin", "worker-cls", "worker-extension-cls", "scheduler-cls", "kv-transfer-config", "ec-transfer-config"),
+)
+"""What the run sets, or what would move the server off loopback, away from its key, or to other code or another tokenizer."""
+
+
+class SamplerServeConfig(ServedConfig):
+    """Rollouts from vLLM servers beside the run in place of an engine inside it. All numbers are our choice."""
+
+    servers: int = Field(default=1, ge=1)
+    """Each holds the whole model; requests go to whichever is free."""
+    devices: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """CUDA_VISIBLE_DEVICES of each server, such as ["6", "7"]; absent: all see the run's own, which fits one server or the CPU."""
+    max_concurrent: int = Field(default=32, ge=1)
+    """Requests in flight at each server, of each process; a request is a whole group."""
+    max_tries: int = Field(default=3, ge=1)
+    """Failures of one request, each while its server was well, before it ends the run."""
+    hung_after_s: float = Field(default=20.0, gt=0)
+    """Seconds without a sign of life after which a server is killed and started again. Its engine answers between two of its own steps:
+    longer than the longest of those."""
+    publish_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest that a server may take to read new weights, seconds; then it is killed and started again."""
+    weights_folder: Path | None = None
+    """Where weights lie for the servers to read, one version at a time; absent: in the run's folder. A folder in memory, such as one
+    below /dev/shm, is faster."""
+
+    @model_validator(mode="after")
+    def _devices_of_each(self) -> SamplerServeConfig:
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(f"serve.devices = {list(self.devices)} with serve.servers = {self.servers}: give one entry for each server")
+        return self
+
+
 class SamplerConfig(Settings):
     """How responses are drawn. No top-p or top-k: they change the distribution that the learner's ratio is about."""
 
@@ -152,6 +212,8 @@ class SamplerConfig(Settings):
     """Share of a GPU that the engine may take; unused on the CPU."""
     max_images_per_prompt: int = Field(default=4, ge=0)
     max_videos_per_prompt: int = Field(default=1, ge=0)
+    serve: SamplerServeConfig | None = None
+    """Absent: the engine runs in this process, and in every other one of the run."""
 
 
 class MeanParityConfig(Settings):

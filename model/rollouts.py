@@ -35,7 +35,15 @@ def draw_groups(
     seed_of: Callable[[Example], int],
 ) -> list[Group]:
     """Returns a group of `num_rollouts` responses to each example, in order, drawn with its own seed."""
-    requests = [
+    requests = group_requests(examples, chat=chat, num_rollouts=num_rollouts, temperature=temperature, seed_of=seed_of)
+    return [Group(example=example, rollouts=rollouts) for example, rollouts in zip(examples, sampler.sample(requests), strict=True)]
+
+
+def group_requests(
+    examples: Sequence[Example], *, chat: Chat, num_rollouts: int, temperature: float, seed_of: Callable[[Example], int]
+) -> list[SampleRequest]:
+    """Returns what to ask an engine for a group of each example."""
+    return [
         SampleRequest(
             place=example.id,
             prompt=chat.encode_prompt(example.messages),
@@ -45,7 +53,6 @@ def draw_groups(
         )
         for example in examples
     ]
-    return [Group(example=example, rollouts=rollouts) for example, rollouts in zip(examples, sampler.sample(requests), strict=True)]
 
 
 def train_sequence(example_id: str, number: int, rollout: Rollout, targets: Targets) -> TrainSequence[Targets]:

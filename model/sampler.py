@@ -71,6 +71,65 @@ def request_seed(run_seed: int, *parts: str | int) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
+def engine_options(config: SamplerConfig, *, dtype: DType) -> dict[str, Any]:
+    """Returns vLLM's options of every engine that draws, in this process or in a server."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "dtype": dtype,
+        "load_format": "safetensors",
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": not on_gpu,
+        # A prompt prefilled in chunks rewinds its request's generator, which a CPU generator cannot do (vllm 0.32,
+        # gpu_model_runner.py `_bookkeeping_sync`): every seeded request would fail.
+        "enable_chunked_prefill": on_gpu,
+        "mm_processor_cache_gb": 0,
+        # After temperature and the allowed ids: what the learner computes as well.
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+    }
+
+
+def check_requests_fit(requests: Sequence[SampleRequest], config: SamplerConfig) -> None:
+    """Raises where a prompt leaves no room for the longest response."""
+    for request in requests:
+        length = len(request.prompt.token_ids) + config.max_response_tokens
+        check_fits(length, limit=config.max_model_len, place=f"{request.place}, prompt plus sampler.max_response_tokens")
+
+
+def check_prompt_ids(request: SampleRequest, engine_ids: Sequence[int]) -> None:
+    """Raises `EngineError` where the engine read other prompt ids than ours."""
+    if tuple(engine_ids) != request.prompt.token_ids:
+        raise EngineError(f"{request.place}: {first_difference(engine_ids, request.prompt.token_ids)}")
+
+
+def drawn_rollout(
+    request: SampleRequest,
+    sampled_ids: Sequence[int],
+    logprobs: Sequence[float],
+    *,
+    chat: Chat,
+    finish_reason: str | None,
+    policy_version: int,
+) -> Rollout:
+    """Returns one response to a request as a rollout; an `EngineError` where tokens and log-probs are not equally many."""
+    prompt, sampled_ids = request.prompt, tuple(sampled_ids)
+    if len(logprobs) != len(sampled_ids):
+        raise EngineError(f"{request.place}: {len(logprobs)} log-probs for {len(sampled_ids)} sampled tokens")
+    return Rollout(
+        token_ids=prompt.token_ids + sampled_ids,
+        sampled=(False,) * len(prompt.token_ids) + (True,) * len(sampled_ids),
+        sampler_logprobs=(0.0,) * len(prompt.token_ids) + tuple(logprobs),
+        media=prompt.media,
+        text=chat.decode(sampled_ids),
+        prompt_suffix=prompt.suffix,
+        finish_reason="stop" if finish_reason == "stop" else "length",
+        policy_version=policy_version,
+    )
+
+
 class VllmSampler:
     """vLLM inside this process; a context manager that ends the engine."""
 
@@ -105,22 +164,9 @@ class VllmSampler:
 
             self._llm = LLM(
                 model=str(model_folder),
-                dtype=dtype,
-                load_format="safetensors",
                 use_tqdm_on_load=False,
-                max_model_len=config.max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                enforce_eager=not torch.cuda.is_available(),
-                # A prompt prefilled in chunks rewinds its request's generator, which a CPU generator cannot do (vllm 0.32,
-                # gpu_model_runner.py `_bookkeeping_sync`): every seeded request would fail.
-                enable_chunked_prefill=torch.cuda.is_available(),
                 limit_mm_per_prompt={"image": config.max_images_per_prompt, "video": config.max_videos_per_prompt},
-                mm_processor_cache_gb=0,
-                # After temperature and the allowed ids: what the learner computes as well.
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",
-                disable_log_stats=True,
+                **engine_options(config, dtype=dtype),
                 enable_sleep_mode=torch.cuda.is_available(),
                 **_adapter_options(adapter),
             )
@@ -141,9 +187,7 @@ class VllmSampler:
             raise EngineError("no adapter has been published: the engine would answer with its base weights; publish before sampling")
         if self._is_asleep:
             raise EngineError("the engine has given its memory back: publish before sampling")
-        for request in requests:
-            length = len(request.prompt.token_ids) + self.config.max_response_tokens
-            check_fits(length, limit=self.config.max_model_len, place=f"{request.place}, prompt plus sampler.max_response_tokens")
+        check_requests_fit(requests, self.config)
         with isolated_rng():
             outputs = self._llm.generate(
                 [self._engine_prompt(request.prompt) for request in requests],
@@ -250,28 +294,18 @@ class VllmSampler:
         )
 
     def _rollouts(self, request: SampleRequest, output: Any) -> tuple[Rollout, ...]:  # noqa: ANN401
-        prompt = request.prompt
-        if tuple(output.prompt_token_ids) != prompt.token_ids:
-            raise EngineError(f"{request.place}: {first_difference(tuple(output.prompt_token_ids), prompt.token_ids)}")
-        rollouts = []
-        for completion in output.outputs:
-            sampled_ids = tuple(completion.token_ids)
-            logprobs = [float(value) for value in completion.logprobs.logprobs]
-            if len(logprobs) != len(sampled_ids):
-                raise EngineError(f"{request.place}: {len(logprobs)} log-probs for {len(sampled_ids)} sampled tokens")
-            rollouts.append(
-                Rollout(
-                    token_ids=prompt.token_ids + sampled_ids,
-                    sampled=(False,) * len(prompt.token_ids) + (True,) * len(sampled_ids),
-                    sampler_logprobs=(0.0,) * len(prompt.token_ids) + tuple(logprobs),
-                    media=prompt.media,
-                    text=self.chat.decode(sampled_ids),
-                    prompt_suffix=prompt.suffix,
-                    finish_reason="stop" if completion.finish_reason == "stop" else "length",
-                    policy_version=self.policy_version,
-                )
+        check_prompt_ids(request, output.prompt_token_ids)
+        return tuple(
+            drawn_rollout(
+                request,
+                completion.token_ids,
+                [float(value) for value in completion.logprobs.logprobs],
+                chat=self.chat,
+                finish_reason=completion.finish_reason,
+                policy_version=self.policy_version,
             )
-        return tuple(rollouts)
+            for completion in output.outputs
+        )
 
 
 def _engine_video(part: VideoPart) -> tuple[object, dict[str, object]]:

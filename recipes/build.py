@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +25,12 @@ from ..model.loading import load_model, load_processor
 from ..model.lora import engine_adapter
 from ..model.nano import build_nano
 from ..model.records import DataError
-from ..model.sampler import VllmSampler
+from ..model.sampler import Sampler, VllmSampler
+from ..model.server_sampler import ServerSampler
+from ..rewards import judge_server_main as supervisor
 from .schema import ModelConfig
+
+_log = logging.getLogger(__name__)
 
 _NANO_SETTINGS = "nano_settings.json"
 """Beside a nano's weights: what it was built from."""
@@ -57,11 +63,13 @@ class LoadedModel:
 class Workshop:
     """What the stages of one run share: built models and one engine, kept while the next stage can use it."""
 
-    def __init__(self, folder: Path, *, exports: Mapping[str, Path], ranks: Ranks) -> None:
+    def __init__(self, folder: Path, *, exports: Mapping[str, Path], ranks: Ranks, heed: Callable[[str], None] = _log.warning) -> None:
+        """`heed` is told of every death and every start of a server that draws, on a thread of its own."""
         self.folder = folder
+        self._heed = heed
         self.ranks = ranks
         self.exports = exports
-        self._engine: VllmSampler | None = None
+        self._engine: Sampler | None = None
         self._engine_key: tuple[object, ...] = ()
         self._open = ExitStack()
 
@@ -130,7 +138,7 @@ class Workshop:
         self._open.close()
         self._engine = None
 
-    def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: DType, lora: LoraConfig | None = None) -> VllmSampler:
+    def engine(self, loaded: LoadedModel, config: SamplerConfig, *, dtype: DType, lora: LoraConfig | None = None) -> Sampler:
         """Returns an engine for models of this architecture; its weights are whatever was published last: publish before use.
 
         An engine for adapters starts from the model's own folder, since only the adapter is published to it.
@@ -142,17 +150,19 @@ class Workshop:
         key = (repr(sorted(architecture.items(), key=str)), config.model_copy(update={"temperature": 1.0}), dtype_name, adapter, base)
         if self._engine is None or key != self._engine_key:
             self._open.close()
-            self._engine = self._open.enter_context(
-                VllmSampler(
-                    Path(loaded.folder),
-                    chat=loaded.chat,
-                    config=config,
-                    allowed=loaded.allowed,
-                    stop_token_ids=loaded.stop_token_ids(),
-                    dtype=dtype_name,
-                    adapter=adapter,
+            shared: dict[str, Any] = {
+                "chat": loaded.chat,
+                "config": config,
+                "allowed": loaded.allowed,
+                "stop_token_ids": loaded.stop_token_ids(),
+                "dtype": dtype_name,
+            }
+            if config.serve is None:
+                self._engine = self._open.enter_context(VllmSampler(Path(loaded.folder), adapter=adapter, **shared))
+            else:
+                self._engine = self._open.enter_context(
+                    ServerSampler(Path(loaded.folder), run_folder=self.folder, supervisor=supervisor.__name__, heed=self._heed, **shared)
                 )
-            )
             self._engine_key = key
         return self._engine
 

@@ -224,6 +224,9 @@ def _refuse_if_engine_is_short(name: str, stage: TrainingRecipe, shape: ModelSha
 
 
 def _needs_engine(stage: TrainingRecipe) -> bool:
+    """Returns whether an engine shares the learner's devices; servers with devices of their own do not."""
+    if stage.sampler.serve is not None and stage.sampler.serve.devices:
+        return False
     return isinstance(stage, RolloutStageConfig) or stage.validation is not None
 
 

@@ -35,6 +35,13 @@ class EngineModel(Settings):
             raise ValueError(f"{path!r} is neither a hub name (org/name) nor a path: write ./{path} for a folder here")
         return path
 
+    @field_validator("sampler")
+    @classmethod
+    def _in_this_process(cls, sampler: SamplerConfig) -> SamplerConfig:
+        if sampler.serve is not None:
+            raise ValueError("sampler.serve is of stages that train or evaluate; here the engine runs in this process: take serve out")
+        return sampler
+
 
 class CandidateModel(EngineModel):
     """A model that writes candidates."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,7 +49,7 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
     log_folder, trackers = (folder, recipe.trackers) if ranks.is_first else (folder / f"rank-{ranks.rank}", ())
     with (
         RunLog(log_folder, console=console if ranks.is_first else None, trackers=trackers) as log,
-        Workshop(folder, exports=exports, ranks=ranks) as workshop,
+        Workshop(folder, exports=exports, ranks=ranks, heed=partial(_heed, log)) as workshop,
         Interrupt(ranks) as interrupt,
         Watchdog(folder, rank=ranks.rank) as watchdog,
     ):
@@ -71,6 +72,12 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
     ranks.wait()  # a rank that leaves early takes the others' connections with it
     console.print(f"done: {folder} (metrics.jsonl, rollouts.jsonl, curves.png)")
     return 0
+
+
+def _heed(log: RunLog, what: str) -> None:
+    """Says what befell a server that draws."""
+    log.say(what)
+    log.event("server", what=what)
 
 
 def _check_folder(loaded: LoadedRecipe, resume: bool) -> None:

@@ -216,6 +216,25 @@ class TrainStageConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _servers_have_their_time(self) -> TrainStageConfig:
+        serve, limit_s = self.sampler.serve, self.watchdog.publish_s
+        if serve is not None and limit_s is not None and limit_s <= serve.publish_timeout_s:
+            raise ValueError(
+                f"sampler.serve.publish_timeout_s = {serve.publish_timeout_s:g} and watchdog.publish_s = {limit_s:g}: the watchdog would "
+                "end the run before a hung server is started again; raise the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_take_whole_weights(self) -> TrainStageConfig:
+        if self.sampler.serve is not None and self.learner.lora is not None and self.learner.lora.publish == "adapter":
+            raise ValueError(
+                "sampler.serve with learner.lora.publish = 'adapter': servers take whole weights; write learner: {lora: {publish: "
+                "merged}}, or leave sampler.serve out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_agent_fits_the_engine(self) -> TrainStageConfig:
         if self.validation is not None:
             _check_agent(self.validation.agent, self.sampler, "validation.agent")
@@ -344,6 +363,15 @@ class RolloutStageConfig(TrainStageConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _servers_draw_whole_groups(self) -> Self:
+        if self.sampler.serve is not None and self.rounds.group_size > self.sampler.max_num_seqs:
+            raise ValueError(
+                f"sampler.max_num_seqs = {self.sampler.max_num_seqs} is below the group_size = {self.rounds.group_size}: with "
+                "sampler.serve a server draws a whole group at once; raise it"
+            )
+        return self
+
 
 class RlRecipe(RolloutStageConfig):
     """Reinforcement learning."""
@@ -358,6 +386,20 @@ class RlRecipe(RolloutStageConfig):
     def rounds(self) -> RlConfig:
         """The method's settings."""
         return self.rl
+
+    @model_validator(mode="after")
+    def _somebody_draws_ahead(self) -> RlRecipe:
+        if self.rl.staleness and self.sampler.serve is None:
+            raise ValueError(
+                "rl.staleness = 1 needs sampler.serve: the engine in this process cannot draw while the learner updates; write sampler: "
+                "{serve: {servers: 1}}, or staleness: 0"
+            )
+        if self.rl.staleness and self.agent is not None:
+            raise ValueError(
+                "rl.staleness = 1 with agent: conversations with tools are not drawn ahead, a checkpoint could not hold their images; "
+                "write staleness: 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _agent_fits_the_engine(self) -> RlRecipe:

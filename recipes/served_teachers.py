@@ -14,8 +14,10 @@ from ..distill.config import ExactConfig, TopKConfig
 from ..distill.served_teacher import ServedTeacher
 from ..distill.teacher import TeacherError, check_same_language, check_same_patches, check_same_pixels
 from ..distill.teacher_client import TeacherClient
-from ..distill.teacher_server import Endpoint, ServedModel, TeacherServer
+from ..distill.teacher_server import ServedModel, teacher_server
+from ..model.engine_server import EngineServer
 from ..model.layout import Ranks, machine_dtype
+from ..model.token_client import Endpoint
 from .build import LoadedModel, Workshop
 from .run_log import RunLog
 from .schema import OnPolicyDistillRecipe, TeacherConfig, TeacherServeConfig
@@ -49,7 +51,7 @@ class TeacherOpening:
             self.say(f"teacher {name}: {what}")
             self.log.event("teacher", phase=phase_of(self.recipe), name=name, what=what)
 
-        server: TeacherServer | None = None
+        server: EngineServer | None = None
         if config.serve is None:
             endpoint, source = self._found(name, config), f"{config.served_as} at {config.url}"
         else:
@@ -85,7 +87,7 @@ class TeacherOpening:
 
     def _started(
         self, name: str, config: TeacherServeConfig, source: str, heed: Callable[[str], None]
-    ) -> tuple[Endpoint, TeacherServer | None]:
+    ) -> tuple[Endpoint, EngineServer | None]:
         """Returns where the server answers, which the first rank starts and watches; where it does not start, all ranks raise."""
         recipe, support = self.recipe, self.recipe.distill.support
         images = recipe.sampler.max_images_per_prompt if recipe.distill.prompts == "multimodal" else 0
@@ -97,13 +99,13 @@ class TeacherOpening:
             # The drawn token is asked for beside the student's ids.
             max_logprobs=max(_MOST_LOGPROBS, support.k + 1 if isinstance(support, TopKConfig) else 0),
         )
-        server: TeacherServer | None = None
+        server: EngineServer | None = None
         told: Endpoint | str | None = None
         if self.ranks.is_first:
             log_file = recipe.output / f"teacher-{name}.log"
             self.say(f"teacher {name}: starting its server, see {log_file}")
             try:
-                server = self.stack.enter_context(TeacherServer(config, model, name=name, log_file=log_file, heed=heed))
+                server = self.stack.enter_context(teacher_server(config, model, name=name, log_file=log_file, heed=heed))
                 told = server.endpoint
             except TeacherError as error:
                 told = str(error)

@@ -25,9 +25,11 @@ from ..model.loading import hub_weights
 from ..model.lora import perturbed_adapter
 from ..model.parity import check_parity
 from ..model.records import Example, TrainSequence, VlpostError
-from ..model.sampler import VllmSampler
+from ..model.sampler import Sampler
+from ..model.server_sampler import ServerSampler
 from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
+from ..rl.ahead import AheadDrawing
 from ..rl.tools_config import AgentConfig
 from ..rl.train import RlStage
 from ..sft.rows import RowNote
@@ -165,6 +167,7 @@ def _build(
         sampler=sampler,
         draw=draw,
         draw_validation=draw_validation,
+        ahead=_ahead(recipe, sampler, loaded),
         rewards=rewards,
         log=log,
         interrupt=interrupt,
@@ -179,7 +182,7 @@ def _build(
 
 
 def _drawings(
-    recipe: TrainingRecipe, stack: ExitStack, *, sampler: VllmSampler | None, loaded: LoadedModel, options: RunOptions
+    recipe: TrainingRecipe, stack: ExitStack, *, sampler: Sampler | None, loaded: LoadedModel, options: RunOptions
 ) -> tuple[StageDrawing | None, StageDrawing | None]:
     """Returns how the stage draws and how its validation does, which has the stage's own way unless it names an agent."""
     if sampler is None:
@@ -200,6 +203,14 @@ def _drawings(
     draw = opened(recipe.agent if isinstance(recipe, RlRecipe) else None)
     agent = recipe.validation.agent if recipe.validation is not None else None
     return draw, draw if agent is None else opened(agent)
+
+
+def _ahead(recipe: TrainingRecipe, sampler: Sampler | None, loaded: LoadedModel) -> AheadDrawing | None:
+    """Returns what draws one step ahead, None where nothing does."""
+    if not isinstance(recipe, RlRecipe) or not recipe.rl.staleness:
+        return None
+    assert isinstance(sampler, ServerSampler), "the recipe refuses it"
+    return AheadDrawing(sampler, chat=loaded.chat, max_lag=recipe.rl.num_mini_batches)
 
 
 @contextmanager
@@ -349,6 +360,16 @@ def _take_examples(training: Training) -> Sequence[Example]:
     return ranks.share(stratified(examples, num_mini_batches=recipe.rounds.num_mini_batches))
 
 
+def _upcoming_examples(training: Training) -> Sequence[Example]:
+    """Returns this rank's part of the next step's examples, none in the last step."""
+    recipe, ranks = training.recipe, training.learner.ranks
+    if training.ahead is None or training.step + 1 >= training.num_steps:
+        return ()
+    assert isinstance(recipe, RlRecipe)
+    examples = training.stream.examples(training.examples_taken, recipe.rl.prompts_per_step)
+    return ranks.share(stratified(examples, num_mini_batches=recipe.rl.num_mini_batches))
+
+
 StepFunction = Callable[[int, Sequence[Example]], tuple[Mapping[str, float], Sequence[ScoredGroup]]]
 
 
@@ -368,11 +389,11 @@ def _step_function(training: Training, soft: SoftTargets | None) -> StepFunction
         distribution=training.loaded.distribution(recipe.sampler.temperature),
         seed=recipe.seed,
         phase=training.phase,
-        draw=training.draw,
+        draw=training.ahead or training.draw,
     )
 
     def step(number: int, examples: Sequence[Example]) -> tuple[Mapping[str, float], Sequence[ScoredGroup]]:
-        result = rl.step(number, examples, training.interrupt.check, partial(_take_examples, training))
+        result = rl.step(number, examples, training.interrupt.check, partial(_take_examples, training), _upcoming_examples(training))
         return result.metrics, result.scored_groups
 
     return step

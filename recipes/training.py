@@ -14,10 +14,11 @@ from ..distill.teacher import ScoringTeacher
 from ..model.checkpoint import CheckpointError, checkpoint_folder, load_checkpoint, save_checkpoint, saved_steps
 from ..model.learner import Learner
 from ..model.records import VlpostError
-from ..model.sampler import VllmSampler
+from ..model.sampler import Sampler
 from ..model.training_state import load_rng_state, rng_state
 from ..model.weight_sync import publish
 from ..rewards.manager import RewardManager
+from ..rl.ahead import AheadDrawing
 from .alarms import Alarms
 from .build import LoadedModel
 from .data_config import CuratedData
@@ -29,6 +30,9 @@ from .roll_back import RollBacks
 from .run_log import RunLog
 from .schema import OnPolicyDistillRecipe, SftRecipe, StageRecipe, TrainingRecipe, WatchdogConfig
 from .watchdog import Watchdog
+
+_AHEAD = "drawn_ahead"
+"""A checkpoint's file of responses that were drawn one step ahead."""
 
 
 class ResumeError(VlpostError):
@@ -63,10 +67,12 @@ class Training:
     folder: Path
     loaded: LoadedModel
     learner: Learner
-    sampler: VllmSampler | None
+    sampler: Sampler | None
     draw: StageDrawing | None
     """How the stage draws; None without an engine."""
     draw_validation: StageDrawing | None
+    ahead: AheadDrawing | None
+    """What draws one step ahead, with `rl.staleness: 1`."""
     rewards: RewardManager
     log: RunLog
     interrupt: Interrupt
@@ -114,11 +120,26 @@ class Training:
             return
         ranks = self.learner.ranks
         with self.phase("save"):
-            tensors = self.learner.state_tensors()
+            tensors = {**self.learner.state_tensors(), **self._drawn_ahead()}
             problem = ranks.gather(self._write(tensors) if ranks.is_first else None)[0]
         if problem is not None:
             raise CheckpointError(problem)
         self.saved_step = self.step
+
+    def _drawn_ahead(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the responses that every rank has drawn and not learned from; on all ranks."""
+        if self.ahead is None:
+            return {}
+        of_ranks = self.learner.ranks.gather(self.ahead.state())
+        return {_AHEAD: {f"{rank}.{name}": tensor for rank, state in enumerate(of_ranks) for name, tensor in state.items()}}
+
+    def _load_drawn_ahead(self, saved: Mapping[str, Tensor]) -> None:
+        assert self.ahead is not None
+        by_rank: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in saved.items():
+            rank, name = key.split(".")
+            by_rank.setdefault(rank, {})[name] = tensor
+        self.ahead.load(list(by_rank.values()))
 
     def _write(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
         """Returns why the checkpoint could not be written, None when it was."""
@@ -155,6 +176,8 @@ class Training:
                 f"{path}: saved by another recipe: {changed}; resume with the recipe it was started with, or start in another folder"
             )
         self.learner.load_state_tensors(checkpoint.tensors, policy_version=checkpoint.state["policy_version"])
+        if self.ahead is not None:
+            self._load_drawn_ahead(checkpoint.tensors[_AHEAD])
         self.learner.nonfinite_in_a_row = checkpoint.state["nonfinite_in_a_row"]
         self.plateau = Plateau(**checkpoint.state["plateau"])
         self.alarms.load(checkpoint.state["alarms"])
@@ -225,6 +248,7 @@ def comparable_recipe(recipe: TrainingRecipe) -> dict[str, Any]:
     """
     left_out = {"output", "checkpoint", "name", "trackers", "watchdog", "alarms", "max_roll_backs", "max_nonfinite_updates"}
     values = recipe.model_dump(mode="json", exclude=left_out)
+    values["sampler"].pop("serve")  # where responses are drawn does not decide which
     if isinstance(recipe, SftRecipe) and isinstance(recipe.data, CuratedData) and recipe.data.path.is_relative_to(recipe.output):
         values["data"]["path"] = str(recipe.data.path.relative_to(recipe.output))  # the run's own, wherever it writes
     if isinstance(recipe, SftRecipe) and recipe.phases:

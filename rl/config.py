@@ -178,7 +178,20 @@ class RlConfig(Settings):
     """Denominator of a mini-batch's mean over responses: all that were planned, or only those of groups with signal. `planned` keeps
     the step size from jumping as groups saturate."""
     importance_cap: float = Field(default=2.0, ge=1.0)
-    """Cap of the token-level weight pi_learner / pi_engine that corrects for the engine's arithmetic (truncated, detached)."""
+    """Cap of the token-level weight pi_learner / pi_engine that corrects for the engine's arithmetic, and for the age of responses that
+    were drawn a step ahead (truncated, detached)."""
+    staleness: Literal[0, 1] = 0
+    """1: servers (`sampler.serve`) draw the next step's responses while this one's are learned from, with the weights from before its
+    updates. The ratio's old log-probs are the learner's at the start of the updates either way. The papers draw with the newest weights."""
+
+    @model_validator(mode="after")
+    def _what_is_drawn_ahead_is_known(self) -> RlConfig:
+        if self.staleness and self.dynamic_sampling is not None:
+            raise ValueError(
+                "rl.staleness = 1 with rl.dynamic_sampling: which examples the next step has is known only when this one is full; leave "
+                "out one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_split(self) -> RlConfig:

@@ -26,6 +26,7 @@ from ..rewards.manager import RewardManager
 from ..rewards.result import ScoredGroup
 from ..rewards.summary import group_outcomes, summarise
 from .advantages import group_advantages, has_signal
+from .ahead import AheadDrawing
 from .config import RlConfig
 from .dynamic_sampling import ExampleSource, Refilled, refill
 from .kl import kl_in_reward
@@ -58,7 +59,7 @@ class RlStage:
         draw: Drawing | None = None,
     ) -> None:
         """`phase` is entered for rollout, reward, update and publish of every step: a watchdog's deadlines. `draw` draws the groups, e.g.
-        conversations with tools; absent: one response to each prompt."""
+        conversations with tools, or one step ahead; absent: one response to each prompt."""
         self.config = config
         self.learner = learner
         self.sampler = sampler
@@ -68,17 +69,25 @@ class RlStage:
         self.seed = seed
         self.phase = phase
         self.draw: Drawing = draw or partial(draw_groups, sampler=sampler, chat=chat)
+        self.ahead = draw if isinstance(draw, AheadDrawing) else None
 
     def step(
-        self, step: int, examples: Sequence[Example], check_interrupt: Callable[[], None], next_examples: ExampleSource | None = None
+        self,
+        step: int,
+        examples: Sequence[Example],
+        check_interrupt: Callable[[], None],
+        next_examples: ExampleSource | None = None,
+        upcoming: Sequence[Example] = (),
     ) -> RlStepResult:
         """Draws a group for each example, updates the policy in mini-batches and publishes the new weights.
 
-        `examples` are this rank's, as many as every other rank's; `next_examples` are further ones, for dynamic sampling.
+        `examples` are this rank's, as many as every other rank's; `next_examples` are further ones, for dynamic sampling, and `upcoming`
+        those of the next step, which an `AheadDrawing` draws meanwhile.
         `check_interrupt` is called whenever rollouts are there; what it raises drops them, and no weight has changed.
         """
         clock = StepClock(self.phase)
-        draw = partial(self._draw_and_judge, step, clock=clock, check_interrupt=check_interrupt)
+        draw = partial(self._draw_and_judge, step, clock=clock, check_interrupt=check_interrupt, upcoming=upcoming)
+        version = self.learner.policy_version
         scored = draw(examples)
         refilled = self._refill(scored, draw, next_examples)
         self.sampler.release_memory()
@@ -90,11 +99,16 @@ class RlStage:
             old = [[self._old_logprobs(batch) for batch in batches] if index else None for index, batches in enumerate(mini_batches)]
             seen: list[SeenLogprobs] = []
             updates = [self._update(batches, logprobs, seen) for batches, logprobs in zip(mini_batches, old, strict=True)]
+        if self.ahead is not None:
+            with clock.phase("rollout"):
+                self.ahead.wait()
         with clock.phase("publish"):
             publish(self.learner, self.sampler)
         ranks, scored = self.learner.ranks, [*scored, *refilled.further]
         rollouts = [rollout for group in scored for rollout in group.rollouts]
         measured = ranks.merge([*updates, *penalties, overlong, refilled.metrics, _rollout_metrics(scored), clock.metrics(rollouts)])
+        if self.ahead is not None:
+            measured["rollout_lag"] = float(version - min(ranks.gather(min(rollout.policy_version for rollout in rollouts))))
         measured["skipped_updates"] = float(sum(not batches for batches in mini_batches))
         measured |= token_metrics([part for rank in ranks.gather(seen) for part in rank], self.config.policy_loss)
         outcomes = [group for rank in ranks.gather(group_outcomes(scored)) for group in rank]
@@ -102,21 +116,25 @@ class RlStage:
         return RlStepResult(metrics={**measured, **summary.metrics(), **speeds(measured)}, scored_groups=tuple(scored))
 
     def _draw_and_judge(
-        self, step: int, examples: Sequence[Example], *, clock: StepClock, check_interrupt: Callable[[], None]
+        self, step: int, examples: Sequence[Example], *, clock: StepClock, check_interrupt: Callable[[], None], upcoming: Sequence[Example]
     ) -> list[ScoredGroup]:
         """Returns a judged group for each example."""
         with clock.phase("rollout"):
-            groups = self.draw(
-                examples,
-                num_rollouts=self.config.group_size,
-                temperature=self.distribution.temperature,
-                seed_of=lambda example: request_seed(self.seed, "rollout", step, example.id),
-            )
+            groups = self.draw(examples, **self._how_to_draw(step))
         check_interrupt()
+        if self.ahead is not None:
+            self.ahead.start(upcoming, **self._how_to_draw(step + 1))
         if self.config.dynamic_sampling is None:  # else the engine may have to draw again
             self.sampler.release_memory()
         with clock.phase("reward"):
             return self.rewards.score(groups)
+
+    def _how_to_draw(self, step: int) -> dict[str, Any]:
+        return {
+            "num_rollouts": self.config.group_size,
+            "temperature": self.distribution.temperature,
+            "seed_of": lambda example: request_seed(self.seed, "rollout", step, example.id),
+        }
 
     def _refill(
         self, scored: list[ScoredGroup], draw: Callable[[Sequence[Example]], list[ScoredGroup]], next_examples: ExampleSource | None

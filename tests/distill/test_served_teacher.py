@@ -23,7 +23,7 @@ from vlpost.distill.served_teacher import ServedTeacher, compact_ids
 from vlpost.distill.support import LEAST_LOGPROB, first_of_each, scored_states, states_of_support
 from vlpost.distill.teacher import TeacherError, check_same_pixels, check_sight, sight_rows
 from vlpost.distill.teacher_client import TeacherClient, TeacherPausedError
-from vlpost.distill.teacher_server import Endpoint, ServedModel, TeacherServer, serve_command
+from vlpost.distill.teacher_server import ServedModel, serve_command, teacher_server
 from vlpost.model.chat import Chat, allowed_token_mask
 from vlpost.model.layout import Ranks
 from vlpost.model.learner import Distribution
@@ -31,6 +31,7 @@ from vlpost.model.logprobs import top_ids
 from vlpost.model.packing import empty_batch, pack, weigh
 from vlpost.model.records import DataError, ImagePart, Message, TextPart, TrainSequence, VideoPart
 from vlpost.model.rollouts import train_sequence
+from vlpost.model.token_client import Endpoint, post
 
 TOP_4 = TopKConfig(name="top_k", k=4)
 
@@ -69,7 +70,7 @@ def server(teacher_folder, heard, all_ids):
     model = ServedModel(source=str(teacher_folder), dtype="float32", max_model_len=160, max_images_per_prompt=2, max_logprobs=all_ids)
     config = ServerConfig(arguments={"enforce_eager": True, "max_num_seqs": 8}, start_timeout_s=300.0)
     log_file = teacher_folder.parent / "server.log"
-    with TeacherServer(config, model, name="large", log_file=log_file, heed=heard.append) as started:
+    with teacher_server(config, model, name="large", log_file=log_file, heed=heard.append) as started:
         yield started
 
 
@@ -294,7 +295,9 @@ def test_the_served_teacher_sees_images_and_a_blind_one_is_refused(server, chat,
     assert check_sight(teacher, row, other, chat=chat, distribution=distribution) > 1e-6
     # A client that sends one and the same picture for every digest.
     picture = "data:image/png;base64," + base64.b64encode(png_of(row.media[0])).decode()
-    monkeypatch.setattr("vlpost.distill.served_teacher._data_url", lambda part, place: picture)
+    monkeypatch.setattr(
+        "vlpost.distill.served_teacher.image_content", lambda part: {"type": "image_url", "url": picture, "uuid": part.digest}
+    )
     fixed = dataclasses.replace(other, media=(noise(77, (64, 64)),))
     with pytest.raises(TeacherError, match=r"teacher large: its log-probs in example e0 stay the same .* it does not see images"):
         check_sight(teacher, dataclasses.replace(row, media=(noise(78, (64, 64)),)), fixed, chat=chat, distribution=distribution)
@@ -308,7 +311,9 @@ def png_of(part):
 
 def test_an_image_that_the_server_expands_otherwise_is_an_error_and_not_another_score(server, chat, distribution, rows, monkeypatch):
     picture = "data:image/png;base64," + base64.b64encode(png_of(noise(5, (64, 64)))).decode()
-    monkeypatch.setattr("vlpost.distill.served_teacher._data_url", lambda part, place: picture)
+    monkeypatch.setattr(
+        "vlpost.distill.served_teacher.image_content", lambda part: {"type": "image_url", "url": picture, "uuid": part.digest}
+    )
     unseen = dataclasses.replace(rows[1], media=(noise(79),))
     with pytest.raises(
         TeacherError, match=r"teacher large: row 1: prompt token \d+ is \d+ in the engine and \d+ in the learner .* as they are"
@@ -365,7 +370,7 @@ def descendants(pid):
     return found
 
 
-def test_a_server_killed_in_the_middle_of_a_step_changes_no_score(server, heard, chat, distribution, rows):
+def test_a_server_killed_in_the_middle_of_a_step_changes_no_score(server, heard, chat, distribution, rows, monkeypatch):
     many = [
         dataclasses.replace(row, place=f"{row.place}, copy {copy}", token_ids=(*row.token_ids[:-2], 30 + copy, row.token_ids[-1]))
         for copy in range(12)
@@ -375,11 +380,11 @@ def test_a_server_killed_in_the_middle_of_a_step_changes_no_score(server, heard,
     undisturbed = open_teacher(server.endpoint, chat).states_of(batches, distribution)
 
     teacher = open_teacher(server.endpoint, chat, heed=heard.append, fault=lambda: server.fault, max_concurrent=2, max_wait_s=300.0)
-    post, replies = teacher._client._post, []
+    replies = []
 
-    def killing(http, question, body):
-        reply = post(http, question, body)
-        replies.append(question.place)
+    def killing(http, path, body):
+        reply = post(http, path, body)
+        replies.append(tuple(json.loads(body)["token_ids"]))
         if len(replies) == 5:
             (victim,) = [
                 pid for pid, command in descendants(server.supervisor_pid) if "api_server" in command and "EngineCore" not in command
@@ -387,7 +392,7 @@ def test_a_server_killed_in_the_middle_of_a_step_changes_no_score(server, heard,
             os.kill(victim, signal.SIGKILL)
         return reply
 
-    teacher._client._post = killing
+    monkeypatch.setattr("vlpost.distill.teacher_client.post", killing)
     heard.clear()
     disturbed = teacher.states_of(batches, distribution)
     for first, second in zip(undisturbed, disturbed, strict=True):
@@ -395,7 +400,7 @@ def test_a_server_killed_in_the_middle_of_a_step_changes_no_score(server, heard,
         assert (first.logprobs - second.logprobs).abs().max() < 1e-5
         assert (first.support_logprobs - second.support_logprobs).abs().max() < 1e-5
     # Every response once, although those in flight were asked again.
-    assert sorted(replies) == sorted(row.place for row in many)
+    assert len(replies) == len(set(replies)) == len(many)
     assert sum("does not answer" in what for what in heard) == 1, heard
     assert sum("is started again, time 1 of at most 5" in what for what in heard) == 1, heard
     assert sum("answers again" in what for what in heard) == 1, heard
@@ -761,7 +766,7 @@ MODEL = ServedModel(source="none", dtype="float32", max_model_len=99, max_images
 def test_a_server_is_started_again_so_often_and_no_more(tmp_path, monkeypatch):
     stand_in(monkeypatch)
     heard = []
-    with TeacherServer(ServerConfig(max_restarts=1), MODEL, name="large", log_file=tmp_path / "log", heed=heard.append) as server:
+    with teacher_server(ServerConfig(max_restarts=1), MODEL, name="large", log_file=tmp_path / "log", heed=heard.append) as server:
         endpoint, first = server.endpoint, server.supervisor_pid
         os.kill(descendants(first)[0][0], signal.SIGKILL)
         wait_until(lambda: heard and server._process is not None and server._process.pid != first and descendants(server.supervisor_pid))
@@ -770,7 +775,7 @@ def test_a_server_is_started_again_so_often_and_no_more(tmp_path, monkeypatch):
         assert server.fault is None
         os.kill(server.supervisor_pid, signal.SIGKILL)
         wait_until(lambda: server.fault)
-    assert "its server ended 2 times (serve.max_restarts = 1)" in server.fault
+    assert "its server ended, time 2 (serve.max_restarts = 1)" in server.fault
     assert [what for what in heard if "is started again" in what] == [heard[0]]
     assert not reached(endpoint)
 
@@ -779,13 +784,13 @@ def test_a_server_that_does_not_start_says_why(tmp_path, monkeypatch):
     stand_in(monkeypatch, "raise SystemExit('no such model')")
     with (
         pytest.raises(TeacherError, match=r"teacher large: its server ended while it started.*\n.*no such model"),
-        TeacherServer(ServerConfig(), MODEL, name="large", log_file=tmp_path / "log", heed=print),
+        teacher_server(ServerConfig(), MODEL, name="large", log_file=tmp_path / "log", heed=print),
     ):
         pass
     stand_in(monkeypatch, "import time; time.sleep(60)")
     with (
         pytest.raises(TeacherError, match=r"its server did not answer within 0.5 s \(serve.start_timeout_s\)"),
-        TeacherServer(ServerConfig(start_timeout_s=0.5), MODEL, name="large", log_file=tmp_path / "log", heed=print),
+        teacher_server(ServerConfig(start_timeout_s=0.5), MODEL, name="large", log_file=tmp_path / "log", heed=print),
     ):
         pass
 
