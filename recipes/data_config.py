@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..model.config import Settings
 
@@ -16,6 +16,7 @@ TaskKind = Literal[
 ]  # fmt: skip
 Language = Literal["en", "zh"]
 SolutionFault = Literal["code_switching", "repetition", "form"]
+PageSide = Annotated[int, Field(ge=200, le=4000)]
 RowFormat = Literal["messages", "sharegpt", "alpaca"]
 
 
@@ -34,6 +35,15 @@ class HandwritingData(Settings):
     solution_faults: dict[SolutionFault, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     """Share of the worked solutions that are bad examples, for a later stage to undo: `code_switching` and `repetition` spoil the sentences
     of `mixing`, `form` gives `constrained` a bare answer, whatever form it asks for. Only supervised stages see solutions."""
+    page_pixels: tuple[PageSide, PageSide] = (200, 4000)
+    """Smallest and largest side of a `page`, in pixels. A nano reads those that its `max_image_tokens` show whole: up to 256 of 64 tokens."""
+
+    @field_validator("page_pixels")
+    @classmethod
+    def _smallest_first(cls, page_pixels: tuple[int, int]) -> tuple[int, int]:
+        if page_pixels[0] > page_pixels[1]:
+            raise ValueError(f"page_pixels = {list(page_pixels)}: give the smallest side first, then the largest")
+        return page_pixels
 
 
 class RowSettings(Settings):

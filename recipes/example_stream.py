@@ -60,6 +60,7 @@ class HandwritingStream:
                 seed=self.config.seed,
                 with_solution=self.with_solution,
                 solution_faults={**self.config.solution_faults},
+                page_pixels=self.config.page_pixels,
             )
             for number in numbers
         ]

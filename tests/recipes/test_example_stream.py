@@ -201,6 +201,16 @@ def test_a_wrong_task_is_refused_with_the_recipe():
         HandwritingData(use="handwriting", tasks={"ad": 1.0})
 
 
+def test_pages_are_as_large_as_asked():
+    config = HandwritingData(use="handwriting", tasks={"page": 1.0}, page_pixels=(200, 256))
+    stream = open_stream(config, seed=0, with_solution=False)
+    sides = [side for example in stream.examples(0, 20) for side in example.media[0].image.size]
+    assert 200 <= min(sides) < 220
+    assert 240 < max(sides) <= 256
+    with pytest.raises(ValueError, match=re.escape("page_pixels = [400, 300]: give the smallest side first")):
+        HandwritingData(use="handwriting", tasks={"page": 1.0}, page_pixels=(400, 300))
+
+
 # ---------------------------------------------------------------- streams are functions of the index
 
 
