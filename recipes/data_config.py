@@ -36,7 +36,8 @@ class HandwritingData(Settings):
     """Share of the worked solutions that are bad examples, for a later stage to undo: `code_switching` and `repetition` spoil the sentences
     of `mixing`, `form` gives `constrained` a bare answer, whatever form it asks for. Only supervised stages see solutions."""
     page_pixels: tuple[PageSide, PageSide] = (200, 4000)
-    """Smallest and largest side of a `page`, in pixels. A nano reads those that its `max_image_tokens` show whole: up to 256 of 64 tokens."""
+    """Smallest and largest side of a `page`, in pixels. A nano reads those that its `max_image_tokens` show whole: up to 256 pixels with
+    64 tokens."""
 
     @field_validator("page_pixels")
     @classmethod

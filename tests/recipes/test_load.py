@@ -106,7 +106,7 @@ def test_the_quickstart_means_what_it_says():
         (RL, "use: count", "use: option, option: 2.0", "rewards.components.answer.option: unknown key; did you mean 'options'?"),
         (RL, "components:", "component:", "rewards.component: unknown key; did you mean 'components'?"),
         (RL, "tasks:", "task:", "data.task: unknown key; did you mean 'tasks'?"),
-        (RL, "tasks:", "path: x, tasks:", "data.path: unknown key; allowed here: languages, num_examples, page_pixels, seed, solution_faults, "),
+        (RL, "tasks:", "path: x, tasks:", "data.path: unknown key; allowed here: languages, num_examples, page_pixels, seed, "),
         (RL, "size: s", "sizze: s", "model.nano.sizze: unknown key; did you mean 'size'?"),
         (CHAIN, "stages:", "stagess:", "stagess: unknown key; did you mean 'stages'?"),
         (CHAIN, "common:", "commonn:", "commonn: unknown key; did you mean 'common'?"),
