@@ -44,9 +44,14 @@ def read_data_set(folder: Path, *, split: str, with_solution: bool) -> list[Exam
 
 def candidate_models(folder: Path, *, split: str) -> dict[str, str]:
     """Returns, for each row's id, the name of the model that wrote its last turn; of a data set with `write: conversations`."""
+    return {row_id: notes["candidate"]["model"] for row_id, notes in read_notes(folder, split=split).items()}
+
+
+def read_notes(folder: Path, *, split: str) -> dict[str, dict[str, Any]]:
+    """Returns, for each row's id, what the steps noted of it."""
     files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
     tables = [pq.read_table(folder / name, columns=["id", "notes"]).to_pylist() for name, file in files.items() if file["split"] == split]
-    return {row["id"]: json.loads(row["notes"])["candidate"]["model"] for table in tables for row in table}
+    return {row["id"]: json.loads(row["notes"]) for table in tables for row in table}
 
 
 def _read_file(path: Path, sha256: str) -> list[Example]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ..model.config import Settings
+from ..model.config import Settings, Share
 
 Split = Literal["train", "validation", "test"]
 TaskKind = Literal[
@@ -98,6 +98,42 @@ class HubData(RowSettings):
     shuffled every epoch."""
 
 
+class PassRateBand(Settings):
+    """The rows of one part of a curriculum."""
+
+    pass_rate: tuple[Share, Share]
+    """Lowest and highest, both included."""
+    num_examples: int | None = Field(default=None, ge=1)
+    """How many examples are drawn from the band before the next one's turn, rows again in a new order where it has fewer. The last band,
+    and it alone, has no number: it stays."""
+
+    @field_validator("pass_rate")
+    @classmethod
+    def _lowest_first(cls, pass_rate: tuple[float, float]) -> tuple[float, float]:
+        if pass_rate[0] > pass_rate[1]:
+            raise ValueError(f"pass_rate = {list(pass_rate)}: give the lowest first, then the highest")
+        return pass_rate
+
+
+class CurriculumConfig(Settings):
+    """Bands of difficulty, one after another. Qwen3-VL's report names no curriculum in RL; this order and these bands are the user's."""
+
+    model: str = Field(min_length=1)
+    """Whose pass rate counts: a model of the step `difficulty` that the data set was made with."""
+    bands: tuple[PassRateBand, ...] = Field(min_length=2)
+
+    @field_validator("bands")
+    @classmethod
+    def _all_but_the_last_end(cls, bands: tuple[PassRateBand, ...]) -> tuple[PassRateBand, ...]:
+        for number, band in enumerate(bands):
+            if (band.num_examples is None) != (number == len(bands) - 1):
+                raise ValueError(
+                    f"bands[{number}].num_examples = {band.num_examples}: every band but the last says how many examples it has, and the "
+                    "last one none"
+                )
+        return bands
+
+
 class CuratedData(Settings):
     """A data set that `vlpost curate` wrote."""
 
@@ -106,6 +142,8 @@ class CuratedData(Settings):
     """The run folder of the curate recipe."""
     split: str = "train"
     """One of its splits; without a `split` step all rows are in `train`."""
+    curriculum: CurriculumConfig | None = None
+    """Rows by their pass rate, one band after another; absent: all rows in every epoch."""
 
 
 class MixPart(Settings):

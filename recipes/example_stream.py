@@ -142,7 +142,12 @@ def open_stream(config: DataConfig, *, seed: int, with_solution: bool) -> Exampl
     if isinstance(config, CuratedData):
         from .curate_reader import read_data_set
 
-        return RowStream(read_data_set(config.path, split=config.split, with_solution=with_solution), seed=seed)
+        rows = read_data_set(config.path, split=config.split, with_solution=with_solution)
+        if config.curriculum is not None:
+            from .curriculum import by_pass_rate
+
+            return by_pass_rate(rows, config, seed=seed)
+        return RowStream(rows, seed=seed)
     if isinstance(config, HubData) and config.streaming:
         return HubStream(config, with_solution=with_solution)
     return RowStream(read_rows(config, with_solution=with_solution), seed=seed)
