@@ -42,7 +42,7 @@ from .training import ResumeError, first_change, phase_of
 SETTINGS_FILE = "off_policy.json"
 LABELS_FOLDER = "soft_labels"
 _POLL_S = 1.0
-_FIRST_HALF = ("seed", "data", "teachers", "filters", "max_per_prompt", "sampler", "soft_labels")
+_FIRST_HALF = ("seed", "data", "teachers", "agent", "filters", "max_per_prompt", "sampler", "soft_labels")
 """Keys that decide which rows are trained on, and on what of them."""
 
 

@@ -553,6 +553,8 @@ class OffPolicyDistillRecipe(TrainStageConfig):
     """The prompts, each of which is answered once by every teacher: a data set with an end."""
     teachers: dict[PlainName, ResponseTeacherConfig] = Field(min_length=1)
     """By the name that their responses bear; one after another is in memory."""
+    agent: AgentConfig | None = None
+    """Conversations with tools in place of one response, of all teachers; the student learns to call them."""
     filters: dict[PlainName, StepConfig] = Field(default_factory=dict)
     """Steps of `vlpost curate` by a name of your choice, run in this order on the responses."""
     max_per_prompt: int | None = Field(default=None, ge=1)
@@ -573,6 +575,15 @@ class OffPolicyDistillRecipe(TrainStageConfig):
             if name == "generate":
                 raise ValueError("a filter is called 'generate': that is the name of the step in which teachers answer; choose another")
         return filters
+
+    @model_validator(mode="after")
+    def _soft_labels_are_of_one_turn(self) -> OffPolicyDistillRecipe:
+        if self.agent is not None and self.soft_labels is not None:
+            raise ValueError(
+                "agent with soft_labels: the teacher's log-probs are kept of responses of one turn, not of conversations with tools; leave "
+                "out one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _halves_are_whole(self) -> OffPolicyDistillRecipe:
@@ -603,7 +614,7 @@ class OffPolicyDistillRecipe(TrainStageConfig):
             output=self.responses,
             data={"prompts": self.data},
             shard_rows=self.shard_rows,
-            steps={"generate": GenerateConfig(use="generate", models=models), **self.filters},
+            steps={"generate": GenerateConfig(use="generate", models=models, agent=self.agent), **self.filters},
             write="conversations",
             max_per_query=self.max_per_prompt,
         )

@@ -199,6 +199,11 @@ def test_a_student_learns_what_teachers_wrote_and_a_resumed_run_ends_where_an_un
             "hard: {{use: difficulty, models: {{other: {{min_solved: 1}}}}}}",
             "names 'other': no `generate` step before it has it; there are \\['plain', 'warm'\\]",
         ),
+        (
+            "max_per_prompt: 3",
+            "agent: {{tools: [{{use: image_zoom_in}}], max_images: 1}}\n    max_per_prompt: 3",
+            "agent with soft_labels: the teacher's log-probs are kept of responses of one turn",
+        ),
         ("weight: 0.5", "weight: 0.0", "soft_labels.weight = 0.0: Input should be greater than 0"),
         ("sft: {{num_steps: 4, ", "sft: {{", "sft.num_steps is missing"),
         ("max_per_prompt: 3", "max_per_query: 3", "unknown key; did you mean 'max_per_prompt'"),
@@ -207,6 +212,15 @@ def test_a_student_learns_what_teachers_wrote_and_a_resumed_run_ends_where_an_un
 def test_a_recipe_that_does_not_fit_together_is_refused(write, old, new, words):
     with pytest.raises(RecipeError, match=words):
         load_recipe(write((old, new)))
+
+
+def test_teachers_write_conversations_with_tools_where_the_recipe_names_some(write):
+    agent = "agent: {{tools: [{{use: image_zoom_in}}], max_images: 1}}"
+    path = write(("soft_labels: {{top_k: 8, weight: 0.5}}", agent))
+    (recipe,) = (stage for name, stage in load_recipe(path).stages if name == "distilled")
+    generate = recipe.as_curate({name: f"./{name}" for name in recipe.teachers}).steps["generate"]
+    assert generate.agent == recipe.agent
+    assert [tool.use for tool in generate.agent.tools] == ["image_zoom_in"]
 
 
 def test_a_teacher_that_is_a_stage_needs_a_chain(tmp_path):
