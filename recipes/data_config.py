@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from ..model.config import Settings, Share
 
@@ -18,6 +18,12 @@ Language = Literal["en", "zh"]
 SolutionFault = Literal["code_switching", "repetition", "form"]
 PageSide = Annotated[int, Field(ge=200, le=4000)]
 RowFormat = Literal["messages", "sharegpt", "alpaca"]
+
+
+def _lowest_first(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{list(bounds)}: give the lowest first, then the highest")
+    return bounds
 
 
 class HandwritingData(Settings):
@@ -35,16 +41,9 @@ class HandwritingData(Settings):
     solution_faults: dict[SolutionFault, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     """Share of the worked solutions that are bad examples, for a later stage to undo: `code_switching` and `repetition` spoil the sentences
     of `mixing`, `form` gives `constrained` a bare answer, whatever form it asks for. Only supervised stages see solutions."""
-    page_pixels: tuple[PageSide, PageSide] = (200, 4000)
+    page_pixels: Annotated[tuple[PageSide, PageSide], AfterValidator(_lowest_first)] = (200, 4000)
     """Smallest and largest side of a `page`, in pixels. A nano reads those that its `max_image_tokens` show whole: up to 256 pixels with
     64 tokens."""
-
-    @field_validator("page_pixels")
-    @classmethod
-    def _smallest_first(cls, page_pixels: tuple[int, int]) -> tuple[int, int]:
-        if page_pixels[0] > page_pixels[1]:
-            raise ValueError(f"page_pixels = {list(page_pixels)}: give the smallest side first, then the largest")
-        return page_pixels
 
 
 class RowSettings(Settings):
@@ -101,18 +100,11 @@ class HubData(RowSettings):
 class PassRateBand(Settings):
     """The rows of one part of a curriculum."""
 
-    pass_rate: tuple[Share, Share]
+    pass_rate: Annotated[tuple[Share, Share], AfterValidator(_lowest_first)]
     """Lowest and highest, both included."""
     num_examples: int | None = Field(default=None, ge=1)
     """How many examples are drawn from the band before the next one's turn, rows again in a new order where it has fewer. The last band,
     and it alone, has no number: it stays."""
-
-    @field_validator("pass_rate")
-    @classmethod
-    def _lowest_first(cls, pass_rate: tuple[float, float]) -> tuple[float, float]:
-        if pass_rate[0] > pass_rate[1]:
-            raise ValueError(f"pass_rate = {list(pass_rate)}: give the lowest first, then the highest")
-        return pass_rate
 
 
 class CurriculumConfig(Settings):

@@ -88,7 +88,7 @@ def test_what_cannot_be_ordered_is_refused(data_set):
     [
         ([{"pass_rate": [0.5, 1.0]}, {"pass_rate": [0.0, 0.5]}], "bands[0].num_examples = None: every band but the last says how many"),
         ([{"pass_rate": [0.5, 1.0], "num_examples": 2}] * 2, "bands[1].num_examples = 2: every band but the last"),
-        ([{"pass_rate": [1.0, 0.5], "num_examples": 2}, {"pass_rate": [0.0, 0.5]}], "pass_rate = [1.0, 0.5]: give the lowest first"),
+        ([{"pass_rate": [1.0, 0.5], "num_examples": 2}, {"pass_rate": [0.0, 0.5]}], "[1.0, 0.5]: give the lowest first"),
     ],
 )
 def test_settings_that_say_nothing_whole_are_refused(bands, said, data_set):

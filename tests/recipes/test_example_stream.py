@@ -207,7 +207,7 @@ def test_pages_are_as_large_as_asked():
     sides = [side for example in stream.examples(0, 20) for side in example.media[0].image.size]
     assert 200 <= min(sides) < 220
     assert 240 < max(sides) <= 256
-    with pytest.raises(ValueError, match=re.escape("page_pixels = [400, 300]: give the smallest side first")):
+    with pytest.raises(ValueError, match=re.escape("[400, 300]: give the lowest first")):
         HandwritingData(use="handwriting", tasks={"page": 1.0}, page_pixels=(400, 300))
 
 
