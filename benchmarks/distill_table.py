@@ -39,7 +39,7 @@ SHARE_OF_SECONDS = 0.25
 MARGIN = 0.8
 """The number of distillation steps aims at so much of the share: this machine's seconds are no better known."""
 PHASES = tuple(f"time/{phase}_s" for phase in ("rollout", "reward", "teacher", "update", "publish"))
-LEARNING_RATES = {"sapo": (5e-5, 1e-4, 2e-4), "on_policy": (1.5e-4, 3e-4, 6e-4)}
+LEARNING_RATES = {"sapo": (5e-5, 1e-4, 2e-4), "on_policy": (7.5e-5, 1.5e-4, 3e-4)}
 """Trials of each arm"""
 SAPO = {"num_steps": 300, "prompts_per_step": 32, "group_size": 8, "num_mini_batches": 2, "policy_loss": {"name": "sapo"}}
 TRIAL_STEPS = {"sapo": 150, "on_policy": 10}
