@@ -13,6 +13,7 @@ Split = Literal["train", "validation", "test"]
 TaskKind = Literal[
     "read", "add", "count", "compare", "arithmetic", "find", "video", "multi_image", "multi_turn", "page", "sum2", "sum2_steps", "blind",
     "zoom", "zoom_calls", "ordered", "counter", "mixing", "program", "json", "constrained",
+    "sum4", "sum4_steps",
 ]  # fmt: skip
 Language = Literal["en", "zh"]
 SolutionFault = Literal["code_switching", "repetition", "form"]

@@ -19,6 +19,7 @@ writer is.
 | multi_turn | two digits; the first turn asks for the first | their sum, asked for in the second turn | 1 in 10 |
 | page | a page of 200 to 4,000 pixels a side, 8 to 3,403 numbers | the number in the asked line and column | 1 in 30 |
 | sum2, sum2_steps | two numbers of two digits with a gap between | their sum, 20 to 198 | 1 in 90 |
+| sum4, sum4_steps | two numbers of four digits with a gap between | their sum, 2,000 to 19,998 | 1 in 9,000 |
 | blind | two digits, of which the question tells both or only one | their sum, 0 to 18 | 1 in 10 |
 | zoom, zoom_calls | a canvas with a large number, a small one, or two small digits | the sum of all numbers, 0 to 99 | 1 in 27 |
 | ordered | 1, 2, 3, ... up to 3 to 6 in a row | how many digits, 3 to 6 | 1 in 4 |
@@ -40,8 +41,8 @@ each row of `counter` wrong, by one too many (`metadata["usual_answer"]`). Train
 
 The 155 questions of `arithmetic` are the same in all splits: it keeps a skill alive, it cannot measure generalisation. Half of the rows of
 `blind` can be solved without the image, and each says which it is: `metadata["needs_image"]`, which all kinds from `find` on have. `sum2`
-and `sum2_steps` ask the same with the same pictures at the same index; they differ in the solution alone, the answer against steps in a
-think block before it.
+and `sum2_steps`, and `sum4` and `sum4_steps`, ask the same with the same pictures at the same index; they differ in the solution alone, the
+answer against steps in a think block before it.
 
 Everything is a function of (split, index, seed, settings) by SHA-256, the same in every process.
 """
@@ -78,7 +79,7 @@ MIN_PAGE_PIXELS, MAX_PAGE_PIXELS = PAGE_PIXELS
 _GOLDEN_STEP, _CIRCLE = 0x9E3779B97F4A7C15, 1 << 64
 _CORPUS_DRAWS = 100
 # One question for both, so that models trained on either have seen the same.
-_DRAWN_AS: Mapping[str, TaskKind] = {"sum2_steps": "sum2", "zoom_calls": "zoom"}
+_DRAWN_AS: Mapping[str, TaskKind] = {"sum2_steps": "sum2", "zoom_calls": "zoom", "sum4_steps": "sum4"}
 
 
 def handwriting_example(
@@ -102,7 +103,7 @@ def handwriting_example(
     With `with_solution` (for SFT) the messages end with a short response, `5+7=\boxed{12}`; without (for RL) with a question; the
     first answer of `multi_turn` is there in both. Metadata: `language`; `digits` and `scans`, the images from left to right (a film: in
     order; a page: of the asked number alone) as values and as rows of `load_digits`; `target` (count, find, video), `numbers` (compare,
-    multi_image, zoom), `operands` (arithmetic, sum2, blind, mixing), `sign` (arithmetic), `seconds` that each page lasts (video), `asked`
+    multi_image, zoom), `operands` (arithmetic, sums, blind, mixing), `sign` (arithmetic), `seconds` a page lasts (video), `asked`
     (multi_image: largest or sum; program: plus, times or repeat), `line`, `column`, `lines`, `columns` (page, from 1), `boxes` of the
     small numbers in 0 to 1000 and `target_calls`, how many zooms are needed (zoom, zoom_calls), `usual_answer` (ordered, counter),
     `answer_language` (mixing), `code` with hidden cases (program), `schema` (json), `constraints` and the `form` that they make up

@@ -3,7 +3,8 @@ r"""Questions of the handwriting track about one row of digits, or none: what is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from .data_config import Language, TaskKind
@@ -125,9 +126,9 @@ def _ask_arithmetic(language: Language, dice: Dice) -> Question:
     )
 
 
-def _ask_sum2(language: Language, dice: Dice) -> Question:
+def _ask_sum(language: Language, dice: Dice, *, num_digits: int) -> Question:
     phrasing: str = dice.pick(_SUM_PHRASINGS[language])
-    left, right = dice.number(2), dice.number(2)
+    left, right = dice.number(num_digits), dice.number(num_digits)
     return Question(
         text=phrasing + BOXED[language],
         working="",
@@ -137,26 +138,25 @@ def _ask_sum2(language: Language, dice: Dice) -> Question:
     )
 
 
-def _ask_sum2_steps(language: Language, dice: Dice) -> Question:
-    question = _ask_sum2(language, dice)
+def _ask_sum_steps(language: Language, dice: Dice, *, num_digits: int) -> Question:
+    question = _ask_sum(language, dice, num_digits=num_digits)
     left, right = question.facts["operands"]
-    return Question(
-        text=question.text,
-        working=f"<think>\n{sum_steps(left, right)}\n</think>\n\n",
-        answer=question.answer,
-        cells=question.cells,
-        facts=question.facts,
-    )
+    return replace(question, working=f"<think>\n{sum_steps(left, right)}\n</think>\n\n")
 
 
 def sum_steps(left: int, right: int) -> str:
-    """Returns the written-out addition of two two-digit numbers: both as read, the ones, the tens with the carry.
+    """Returns the written-out addition of two numbers of equally many digits: both as read, the ones, then each column with the carry.
 
     `sum_steps(38, 47)` is `38+47:8+7=15,3+4+1=8`. Punctuation without spaces: the tokens then are those of the other kinds' solutions.
     """
-    carry, _ = divmod(left % 10 + right % 10, 10)
-    ones = f"{left % 10}+{right % 10}={left % 10 + right % 10}"
-    return f"{left}+{right}:{ones},{left // 10}+{right // 10}+{carry}={left // 10 + right // 10 + carry}"
+    columns = list(zip(reversed(digits_of(left)), reversed(digits_of(right)), strict=True))
+    ones = sum(columns[0])
+    steps, carry = ["{}+{}={}".format(*columns[0], ones)], ones // 10
+    for above, below in columns[1:]:
+        total = above + below + carry
+        steps.append(f"{above}+{below}+{carry}={total}")
+        carry = total // 10
+    return f"{left}+{right}:{','.join(steps)}"
 
 
 def _ask_blind(language: Language, dice: Dice) -> Question:
@@ -180,9 +180,11 @@ _ASK: Mapping[TaskKind, Callable[[Language, Dice], Question]] = {
     "count": _ask_count,
     "compare": _ask_compare,
     "arithmetic": _ask_arithmetic,
-    "sum2": _ask_sum2,
-    "sum2_steps": _ask_sum2_steps,
+    "sum2": partial(_ask_sum, num_digits=2),
+    "sum2_steps": partial(_ask_sum_steps, num_digits=2),
     "blind": _ask_blind,
+    "sum4": partial(_ask_sum, num_digits=4),
+    "sum4_steps": partial(_ask_sum_steps, num_digits=4),
 }
 QUESTION_KINDS: tuple[TaskKind, ...] = tuple(_ASK)
 """Kinds whose image is one row of digits, or that have none."""
