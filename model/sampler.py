@@ -41,6 +41,11 @@ class SampleRequest:
     seed: int
     temperature: float
     """0.0 is greedy."""
+    top_p: float = 1.0
+    """Below 1, like the two that follow: only for responses that nothing is trained on, the learner knows no such distribution."""
+    top_k: int = 0
+    """0: all tokens."""
+    presence_penalty: float = 0.0
 
 
 class Sampler(Protocol):
@@ -284,6 +289,9 @@ class VllmSampler:
         return SamplingParams(
             n=request.num_rollouts,
             temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            presence_penalty=request.presence_penalty,
             seed=request.seed,
             max_tokens=self.config.max_response_tokens,
             logprobs=0,

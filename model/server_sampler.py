@@ -452,6 +452,9 @@ class ServerSampler:
             "sampling_params": {
                 "n": request.num_rollouts,
                 "temperature": request.temperature,
+                "top_p": request.top_p,
+                "top_k": request.top_k,
+                "presence_penalty": request.presence_penalty,
                 "seed": request.seed,
                 "max_tokens": self.config.max_response_tokens,
                 "logprobs": 0,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from ..model.records import VlpostError
 from .curate_config import CurateRecipe
 from .schema import (
+    SAMPLING_PRESETS,
     ChainRecipe,
     EvaluateRecipe,
     OffPolicyDistillRecipe,
@@ -51,7 +52,7 @@ class LoadedRecipe:
     path: Path
     recipe: StageRecipe | ChainRecipe | CurateRecipe
     origins: Mapping[str, str]
-    """Dotted key -> `recipe`, `common`, `command line`, `chain`; a key that is absent here has its default."""
+    """Dotted key -> `recipe`, `common`, `command line`, `chain`, `preset`; a key that is absent here has its default."""
 
     @property
     def stages(self) -> list[tuple[str, StageRecipe]]:
@@ -98,7 +99,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         for key, model in models_of(recipe).items():
             if model.stage is not None:
                 raise RecipeError(f"{path}: {key}.stage = {model.stage!r}: only a stage of a chain has an earlier stage; give {key}.path")
-    return LoadedRecipe(path=path, recipe=recipe, origins=origins)
+    return LoadedRecipe(path=path, recipe=recipe, origins={**_preset_origins(recipe), **origins})
+
+
+def _preset_origins(recipe: StageRecipe | ChainRecipe | CurateRecipe) -> dict[str, str]:
+    """Returns the origin of the values that a sampling preset sets."""
+    named = recipe.stages if isinstance(recipe, ChainRecipe) else {"": recipe}
+    return {
+        f"stages.{name}.evaluate.{key}" if name else f"evaluate.{key}": "preset"
+        for name, stage in named.items()
+        if isinstance(stage, EvaluateRecipe) and stage.evaluate.preset is not None
+        for key in SAMPLING_PRESETS[stage.evaluate.preset]
+    }
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The command line: `vlpost run | check | show | evaluate | curate RECIPE [key=value ...]`, `vlpost rewards list | try | lint | attack`."""
+"""The command line: `vlpost run | check | show | evaluate | curate RECIPE [key=value ...]`, `vlpost compare A B`, `vlpost rewards ...`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ..model.config import ENGINE_ENVIRONMENT
 from ..model.records import VlpostError
 from .curate_config import CurateRecipe
 from .data_config import JsonlData, ParquetData
+from .evaluate_command import add_compare, add_model_options, load_evaluation
 from .example_stream import read_rows
-from .load import load_recipe
+from .load import LoadedRecipe, load_recipe
 from .reward_commands import add_commands, refuse_faults
 from .schema import EvaluateRecipe, OffPolicyDistillRecipe, StageRecipe, agents_of
 from .sft_phases import leaves, training_data
@@ -58,12 +59,15 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "run a recipe, or a chain of them"),
         ("check", _check, "check a recipe without training; with --engine, engine against learner too"),
         ("show", _show, "print the recipe with every value and where it comes from"),
-        ("evaluate", _run, "run a recipe of method evaluate"),
+        ("evaluate", _evaluate, "run a recipe of method evaluate, with --like for any model"),
     ):
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("recipe", type=Path, help="path of the YAML recipe")
+        what = "path of the YAML recipe" + ("; with --like a folder, a stage's folder or a hub name" if name == "evaluate" else "")
+        sub.add_argument("recipe", type=Path, help=what)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's, e.g. seed=1")
         sub.add_argument("--allow-code", action="store_true", help="allow reward plug-ins from files outside the recipe's folder")
+        if name == "evaluate":
+            add_model_options(sub)
         if name in ("run", "evaluate"):
             sub.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the output folder")
         if name == "check":
@@ -86,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--allow-code", action="store_true", help="allow reward plug-ins from files outside the recipe's folder")
     sub.set_defaults(command=_curate, name="curate")
     add_commands(commands)
+    add_compare(commands)
     return parser
 
 
@@ -199,10 +204,14 @@ def _run(parsed: argparse.Namespace) -> int:
     loaded = load_recipe(parsed.recipe, parsed.overrides)
     if isinstance(loaded.recipe, CurateRecipe):
         raise VlpostError(f"{parsed.recipe}: method is 'curate'; use `vlpost curate`")
-    if parsed.name == "evaluate" and not isinstance(loaded.recipe, EvaluateRecipe):
-        raise VlpostError(
-            f"{parsed.recipe}: method is {loaded.recipe.method!r}; `vlpost evaluate` takes a recipe of method evaluate, use `vlpost run`"
-        )
+    return _run_loaded(loaded, parsed)
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    return _run_loaded(load_evaluation(parsed.recipe, like=parsed.like, stage=parsed.stage, overrides=parsed.overrides), parsed)
+
+
+def _run_loaded(loaded: LoadedRecipe, parsed: argparse.Namespace) -> int:
     set_environment()
     from .runner import run_recipe
 

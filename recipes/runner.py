@@ -17,14 +17,16 @@ from ..model.parity import check_parity
 from ..model.records import VlpostError
 from ..model.weight_sync import publish
 from .build import Workshop
+from .chain_summary import write_summary
 from .curate_config import CurateRecipe
 from .drawing import open_drawing
+from .evaluation_table import figure_lines
 from .example_stream import open_stream
 from .interrupt import Interrupt, StopRequestedError
 from .load import LoadedRecipe
 from .report import draw_curves
 from .run_log import EVENTS_FILE, RunLog
-from .schema import EvaluateRecipe, OffPolicyDistillRecipe, RlRecipe, RolloutStageConfig, StageRecipe
+from .schema import ChainRecipe, EvaluateRecipe, OffPolicyDistillRecipe, RlRecipe, RolloutStageConfig, StageRecipe
 from .stages import RunOptions, run_evaluation, run_off_policy, run_training
 from .training import ResumeError, phase_of
 from .watchdog import Watchdog
@@ -69,6 +71,8 @@ def run_recipe(loaded: LoadedRecipe, *, resume: bool, allow_code: bool) -> int:
             console.print(f"stopped and saved; go on with: vlpost run {shlex.quote(str(loaded.path))} --resume")
             ranks.wait()
             return EXIT_INTERRUPTED
+        if ranks.is_first and isinstance(recipe, ChainRecipe):
+            _summarize(loaded, log, console)
     ranks.wait()  # a rank that leaves early takes the others' connections with it
     console.print(f"done: {folder} (metrics.jsonl, rollouts.jsonl, curves.png)")
     return 0
@@ -100,6 +104,17 @@ def _draw(folder: Path, log: RunLog) -> None:
         log.say(f"{folder}: the curves could not be drawn ({error})")
 
 
+def _summarize(loaded: LoadedRecipe, log: RunLog, console: Console) -> None:
+    """Prints and draws what the chain's evaluations say together; a fault in it must not end a run whose numbers are safe."""
+    try:
+        lines = write_summary(loaded.recipe.output, loaded.stages)
+    except (OSError, VlpostError) as error:
+        log.say(f"{loaded.recipe.output}: the evaluations could not be summed up ({error})")
+        return
+    if lines:
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
 def _run_stage(
     stage: StageRecipe,
     *,
@@ -121,7 +136,8 @@ def _run_stage(
     export: Path | None = None
     if isinstance(stage, EvaluateRecipe):
         measured = run_evaluation(stage, workshop=workshop, options=options, log=log, watchdog=watchdog)
-        console.print(f"{phase_of(stage)}: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
+        lines = figure_lines(measured.figures, measured.metrics)
+        console.print("\n".join([f"{phase_of(stage)}:", *lines]), markup=False, highlight=False, soft_wrap=True)
     elif isinstance(stage, OffPolicyDistillRecipe):
         export = run_off_policy(stage, workshop=workshop, options=options, log=log, interrupt=interrupt, watchdog=watchdog)
     else:

@@ -7,7 +7,7 @@ Unknown keys are errors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,15 +48,55 @@ class ModelConfig(Settings):
         return value
 
 
+Preset = Literal["qwen3_vl_instruct", "qwen3_vl_thinking"]
+
+SAMPLING_PRESETS: dict[Preset, dict[str, Any]] = {
+    "qwen3_vl_instruct": {"temperatures": [0.7], "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
+    "qwen3_vl_thinking": {"temperatures": [0.6], "top_p": 0.95, "top_k": 20, "presence_penalty": 0.0},
+}
+"""What the README of QwenLM/Qwen3-VL recommends for images and video. The report's tables of text tasks (arXiv:2511.21631, 5.11) use others
+for the small dense models: Instruct 1.0, 1.0, 40, 2.0 and Thinking 1.0, 0.95, 20, 1.5."""
+
+
 class EvaluateConfig(Settings):
     """How a model is measured."""
 
     num_examples: int = Field(default=200, ge=1)
+    """An evaluate stage asks a data set that has fewer once, a validation again from the start."""
     num_samples: int = Field(default=8, ge=1)
     """Responses to each example; accuracy is their mean, pass@k counts an example as solved when one of them is right."""
+    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Further k of pass@k, below num_samples, which has one anyway: the chance that k of an example's responses hold a right one."""
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
     """Accuracy and pass@k at each."""
     greedy: bool = True
+    """One more response to each example, at temperature 0 and with none of the four keys below."""
+    preset: Preset | None = None
+    """Sets `temperatures` and the three keys below to `SAMPLING_PRESETS`. Lengths stay the sampler's: the README gives an Instruct response
+    32,768 tokens, a Thinking one 40,960."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest tokens that have this probability together are drawn from; 1: all. Evaluate stages only, as the next two."""
+    top_k: int = Field(default=0, ge=0)
+    """Only so many of the likeliest tokens are drawn from; 0: all."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken from the logit of every token that the response, or the turn of a conversation, already has; nats."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_preset(cls, values: Any) -> Any:  # noqa: ANN401
+        if not isinstance(values, dict) or values.get("preset") not in SAMPLING_PRESETS:
+            return values
+        resolved = SAMPLING_PRESETS[values["preset"]]
+        for key, value in resolved.items():
+            given = values.get(key, value)
+            if (list(given) if isinstance(given, list | tuple) else given) != value:
+                raise ValueError(f"preset: {values['preset']} means {key}: {value}, and {key} = {given!r} is given: take one of them out")
+        return {**values, **resolved}
+
+    @property
+    def is_narrowed(self) -> bool:
+        """True where responses are drawn from another distribution than the policy's at a temperature."""
+        return self.top_p < 1 or self.top_k > 0 or self.presence_penalty != 0
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> EvaluateConfig:
@@ -64,6 +104,17 @@ class EvaluateConfig(Settings):
             raise ValueError("temperatures is empty and greedy is false: nothing would be drawn; give a temperature or greedy: true")
         if len({f"{temperature:g}" for temperature in self.temperatures}) < len(self.temperatures):
             raise ValueError(f"temperatures = {list(self.temperatures)}: each may stand once, to 6 digits: results are named after them")
+        return self
+
+    @model_validator(mode="after")
+    def _pass_at_can_be_told(self) -> EvaluateConfig:
+        if self.pass_at and not self.temperatures:
+            raise ValueError(f"pass_at = {list(self.pass_at)} without temperatures: greedy has one response; give a temperature")
+        if any(k >= self.num_samples for k in self.pass_at):
+            raise ValueError(
+                f"pass_at = {list(self.pass_at)} with num_samples = {self.num_samples}: each must be below, pass@{self.num_samples} is "
+                "always there; raise num_samples"
+            )
         return self
 
 
@@ -75,6 +126,16 @@ class ValidationConfig(EvaluateConfig):
     """Steps between validations."""
     agent: AgentConfig | None = None
     """Conversations with tools; absent: as the stage draws, with its own agent where it has one."""
+
+    @model_validator(mode="after")
+    def _draws_as_training_does(self) -> ValidationConfig:
+        given = [name for name in ("preset", "top_p", "top_k", "presence_penalty") if name in self.model_fields_set]
+        if given and (self.is_narrowed or self.preset is not None):
+            raise ValueError(
+                f"{given[0]}: a validation follows the policy that is trained, which none of preset, top_p, top_k and "
+                "presence_penalty is about: take it out, and measure in a stage of method evaluate"
+            )
+        return self
 
 
 class CheckpointConfig(Settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -37,7 +36,8 @@ from ..sft.train import SftStage, SoftTargets, supervised_sequences
 from .alarms import Alarms, reward_spread
 from .build import LoadedModel, Workshop
 from .drawing import StageDrawing, open_drawing
-from .evaluate import evaluate
+from .evaluate import Measurement, NarrowedSampler, evaluate, sampling_line
+from .evaluation_record import write_evaluation
 from .example_stream import ROW_LOG, fingerprint, open_stream
 from .faults import heed_alarms, heed_dropped_updates, save_for_good, save_or_go_on
 from .interrupt import Interrupt, StopRequestedError
@@ -545,14 +545,17 @@ def _at_plateau(training: Training) -> bool:
     return True
 
 
-def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, watchdog: Watchdog) -> dict[str, float]:
-    """Measures a model and writes `evaluation.json` in the stage's folder; returns what it holds."""
+def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOptions, log: RunLog, watchdog: Watchdog) -> Measurement:
+    """Measures a model, writes `evaluation.json` and `evaluation.jsonl` in the stage's folder, and returns what they hold."""
     with watchdog.phase("start", place=phase_of(recipe), limit_s=limit_s(recipe.watchdog, "start")):
         loaded = workshop.load(recipe.model, dtype=recipe.dtype, seed=recipe.seed)
         sampler = workshop.engine(loaded, recipe.sampler, dtype=recipe.dtype)
         sampler.load_weights(hub_weights(loaded.model), policy_version=0)
+    if recipe.evaluate.is_narrowed:
+        log.say(f"{phase_of(recipe)}: {sampling_line(recipe.evaluate)}")
+        sampler = NarrowedSampler(sampler, recipe.evaluate)
     ranks = workshop.ranks
-    examples = open_stream(recipe.data, seed=0, with_solution=False).examples(0, recipe.evaluate.num_examples)
+    examples = _examples_once(recipe, log)
     with (
         watchdog.phase("validation", place=phase_of(recipe), limit_s=limit_s(recipe.watchdog, "validation")),
         RewardManager(
@@ -569,13 +572,40 @@ def run_evaluation(recipe: EvaluateRecipe, *, workshop: Workshop, options: RunOp
     ):
         is_unsafe = rewards.is_unsafe
         rewards.check_examples(examples)
-        measured = evaluate(
+        measurement = evaluate(
             examples, recipe.evaluate, sampler=sampler, rewards=rewards, chat=loaded.chat, ranks=ranks, seed=recipe.seed, draw=draw
         )
-    log.metrics(phase_of(recipe), 0, measured)
-    described = {"model": loaded.folder, "num_examples": len(examples), "data": fingerprint(examples), **measured}
+    log.metrics(phase_of(recipe), 0, measurement.metrics)
+    described = {"model": loaded.folder, "num_examples": len(examples), "data": fingerprint(examples), **measurement.metrics}
     if is_unsafe:
         described["unsafe_sandbox"] = True
     if ranks.is_first:
-        (recipe.output / "evaluation.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    return measured
+        write_evaluation(
+            recipe.output,
+            described=described,
+            settings=_deciding_settings(recipe),
+            figures=measurement.figures,
+            outcomes=measurement.outcomes,
+        )
+    return measurement
+
+
+def _examples_once(recipe: EvaluateRecipe, log: RunLog) -> list[Example]:
+    """Returns the examples that are asked, none twice: intervals count every one as drawn on its own."""
+    stream, wanted = open_stream(recipe.data, seed=0, with_solution=False), recipe.evaluate.num_examples
+    if stream.num_rows is not None and stream.num_rows < wanted:
+        log.say(f"{phase_of(recipe)}: all {stream.num_rows} examples of the data set are asked, evaluate.num_examples = {wanted} is more")
+        wanted = stream.num_rows
+    return stream.examples(0, wanted)
+
+
+def _deciding_settings(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """Returns what decides what an evaluation measures, beside model, data and seed, as plain JSON."""
+    # The data's fingerprint tells the first, the responses the second, and the values that it stands for the third.
+    evaluate_keys = {"num_examples", "pass_at", "preset"}
+    return {
+        "evaluate": recipe.evaluate.model_dump(mode="json", exclude=evaluate_keys),
+        "sampler": recipe.sampler.model_dump(mode="json", include={"max_response_tokens", "max_model_len"}),
+        "agent": recipe.agent.model_dump(mode="json") if recipe.agent is not None else None,
+        "rewards": recipe.rewards.model_dump(mode="json"),
+    }

@@ -222,7 +222,7 @@ class Training:
                 ranks=self.learner.ranks,
                 seed=0,
                 draw=self.draw_validation,
-            )
+            ).metrics
 
 
 def limit_s(config: WatchdogConfig, phase: str) -> float | None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -274,3 +275,16 @@ def test_engine_refuses_a_wrong_environment(bench, monkeypatch):
 def test_an_engine_without_room_refuses_an_adapter(bench, tmp_path):
     with pytest.raises(EngineError, match="started without room for adapters: give VllmSampler the `engine_adapter`"):
         bench.sampler.load_adapter(tmp_path, 1)
+
+
+def test_top_k_top_p_and_presence_penalty_reach_the_engine(bench: Bench) -> None:
+    asked = request(bench, "text", seed=5)
+    greedy = bench.sampler.sample([replace(asked, num_rollouts=1, temperature=0.0)])[0][0].token_ids
+    for narrowed in (replace(asked, top_k=1), replace(asked, top_p=1e-6)):
+        assert {rollout.token_ids for rollout in bench.sampler.sample([narrowed])[0]} == {greedy}
+    assert len({rollout.token_ids for rollout in bench.sampler.sample([asked])[0]}) > 1
+    # The likeliest token less 2 nats as soon as it is there: a fresh model, whose logits differ by less, never writes one twice.
+    penalised = bench.sampler.sample([replace(asked, num_rollouts=1, top_k=1, presence_penalty=2.0)])[0][0]
+    drawn = [token for token, sampled in zip(penalised.token_ids, penalised.sampled, strict=True) if sampled]
+    assert len(drawn) == len(set(drawn)) > 1
+    assert penalised.token_ids != greedy

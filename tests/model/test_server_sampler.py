@@ -218,7 +218,7 @@ def test_what_servers_cannot_draw_is_refused_with_words(bench):
         bench.sampler.sample([video])
     with pytest.raises(EngineError, match=r"servers take whole weights, not the adapter of update 5: write learner: .*merged"):
         bench.sampler.load_adapter(Path("adapter"), 5)
-    draws = bench.sampler.start(bench.requests(3))
+    draws = bench.sampler.start(bench.requests(96))
     with pytest.raises(EngineError, match="responses are being drawn: wait for them before you replace the weights"):
         publish(bench.learner, bench.sampler)
     draws.result()

@@ -72,7 +72,7 @@ def measure(script, config, rewards, *, seed=0, examples=None):
         chat=Chat(),  # pyright: ignore
         ranks=Ranks(),
         seed=seed,
-    )
+    ).metrics
     return measured, sampler.requests
 
 
@@ -191,6 +191,9 @@ def test_tasks_and_components_have_figures_of_their_own():
         "task/add/pass@2/1": 1.0,
         "task/form/avg@2/1": 0.75,
         "task/form/pass@2/1": 0.5,
+        "macro/avg@2/1": (0.5 + 0.75) / 2,
+        "macro/pass@2/1": (1.0 + 0.5) / 2,
+        "macro/greedy": (0.0 + 1.5) / 2,
         "reward/answer/avg@2/1": 0.5,
         "reward/form/avg@2/1": 0.5,
         "greedy": 1.0,

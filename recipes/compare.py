@@ -1,0 +1,104 @@
+"""Two evaluations of the same examples side by side, paired by example. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..model.records import VlpostError
+from .confidence import Difference, mean_of_differences, paired_difference
+from .evaluation_record import Evaluation, Outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedFigure:
+    """Mean reward of two models on the same examples; `difference` is the second less the first."""
+
+    first: float
+    second: float
+    difference: Difference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two evaluations, paired."""
+
+    first: str
+    """Folder of the first."""
+    second: str
+    by_way: Mapping[str, Mapping[str, ComparedFigure]]
+    """Way of sampling (`@4/1`, `greedy`) -> row (`all`; with several tasks `macro` and each `task/<task>`) -> figures."""
+    num_left_out: Mapping[str, int]
+    """By way of sampling: examples of which one of the two has no response that could be judged."""
+
+
+def compare(first: Evaluation, second: Evaluation) -> Comparison:
+    """Returns both evaluations paired by example; each example counts once, with the mean reward of its responses.
+
+    Raises `VlpostError` where data or settings differ: the difference would not be the models'.
+    """
+    obstacle = why_not_comparable(first, second)
+    if obstacle:
+        raise VlpostError(f"{first.folder} and {second.folder} cannot be compared: {obstacle}")
+    by_way: dict[str, dict[str, ComparedFigure]] = {}
+    num_left_out: dict[str, int] = {}
+    for way in dict.fromkeys(outcome.way for outcome in first.outcomes):
+        pairs = list(_pairs(first, second, way))
+        judged = [(one.task, _mean(one), _mean(other)) for one, other in pairs if one.rewards and other.rewards]
+        num_left_out[way] = len(pairs) - len(judged)
+        by_way[way] = _figures(judged) if judged else {}
+    return Comparison(first=str(first.folder), second=str(second.folder), by_way=by_way, num_left_out=num_left_out)
+
+
+def why_not_comparable(first: Evaluation, second: Evaluation) -> str | None:
+    """Returns words for the first thing in which what two evaluations asked differs, None where they asked the same."""
+    if first.data != second.data:
+        return f"they asked other examples (fingerprints {first.data} and {second.data}); measure both on the same data, as many examples"
+    return _first_change(first.settings, second.settings)
+
+
+def _first_change(one: Any, other: Any, key: str = "") -> str | None:  # noqa: ANN401
+    if isinstance(one, dict) and isinstance(other, dict):
+        below = (_first_change(one.get(name), other.get(name), f"{key}.{name}".lstrip(".")) for name in {**one, **other})
+        return next((found for found in below if found), None)
+    return None if one == other else f"{key} is {one!r} in the first and {other!r} in the second; measure both with the same settings"
+
+
+def _pairs(first: Evaluation, second: Evaluation, way: str) -> Iterator[tuple[Outcome, Outcome]]:
+    others = {outcome.id: outcome for outcome in second.outcomes if outcome.way == way}
+    for outcome in first.outcomes:
+        if outcome.way == way:
+            if outcome.id not in others:
+                raise VlpostError(f"{second.folder}: no responses to example {outcome.id!r} ({way}): the file was cut off; measure again")
+            yield outcome, others[outcome.id]
+
+
+def _mean(outcome: Outcome) -> float:
+    return math.fsum(outcome.rewards) / len(outcome.rewards)
+
+
+def _figures(judged: Sequence[tuple[str, float, float]]) -> dict[str, ComparedFigure]:
+    by_task: dict[str, list[tuple[float, float]]] = {}
+    for task, one, other in judged:
+        by_task.setdefault(task, []).append((one, other))
+    everything = [pair for pairs in by_task.values() for pair in pairs]
+    figures = {"all": _figure(everything)}
+    if len(by_task) > 1:
+        of_tasks = {task: _figure(by_task[task]) for task in sorted(by_task)}
+        figures["macro"] = ComparedFigure(
+            first=math.fsum(one.first for one in of_tasks.values()) / len(of_tasks),
+            second=math.fsum(one.second for one in of_tasks.values()) / len(of_tasks),
+            difference=mean_of_differences([[other - one for one, other in by_task[task]] for task in sorted(by_task)]),
+        )
+        figures |= {f"task/{task}": figure for task, figure in of_tasks.items()}
+    return figures
+
+
+def _figure(pairs: Sequence[tuple[float, float]]) -> ComparedFigure:
+    return ComparedFigure(
+        first=math.fsum(one for one, _ in pairs) / len(pairs),
+        second=math.fsum(other for _, other in pairs) / len(pairs),
+        difference=paired_difference([other - one for one, other in pairs]),
+    )
