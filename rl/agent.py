@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..model.chat import Chat, EncodedPrompt
@@ -114,8 +115,20 @@ class Conversation:
         if ending is not None:
             self._close((), ending)
 
+    @property
+    def num_tool_threads(self) -> int:
+        """Conversations whose tools may run at the same time."""
+        return self._agent.config.num_tool_threads
+
     def run_tools(self) -> None:
         """Answers the calls of the last turn one after another; a tool that broke ends the conversation as `unavailable`."""
+        self.take_answers(self.ask_tools())
+
+    def ask_tools(self) -> tuple[ToolResult, ...] | ToolUnavailableError:
+        """Returns the answers to the calls of the last turn, or why there are none; changes nothing, so a thread may do it.
+
+        The calls of one turn run in order: a later one sees the images of an earlier one.
+        """
         assert self._open is not None, f"{self.place}: no call waits for an answer"
         _, parsed = self._open
         blocks = sorted([*parsed.calls, *parsed.faults], key=lambda block: block.place)
@@ -124,7 +137,13 @@ class Conversation:
             for block in blocks:
                 results.append(self._answer(block, results))
         except ToolUnavailableError as error:
-            self._reason = str(error)
+            return error
+        return tuple(results)
+
+    def take_answers(self, results: tuple[ToolResult, ...] | ToolUnavailableError) -> None:
+        """Appends what `ask_tools` returned; without answers the conversation ends as `unavailable`."""
+        if isinstance(results, ToolUnavailableError):
+            self._reason = str(results)
             self._close((), "unavailable")
             return
         observation = self._encode(results)
@@ -136,7 +155,7 @@ class Conversation:
         )
         self._media += observation.media
         self._num_tool_images += len(observation.media)
-        self._close(tuple(results), None)
+        self._close(results, None)
         self._suffix = observation.suffix
 
     def rollout(self) -> Rollout:
@@ -265,11 +284,21 @@ def draw_conversations(
     return [Group(example=example, rollouts=tuple(one.rollout() for one in group)) for example, group in zip(examples, groups, strict=True)]
 
 
+def run_tools_together(conversations: Sequence[Conversation]) -> None:
+    """Answers the open calls of all conversations, those of several at the same time; the outcome is that of one after another.
+
+    Tools alone run in threads; tokens are appended here, in order. A tool that keeps Python's lock while it works gains nothing.
+    """
+    num_threads = min(len(conversations), conversations[0].num_tool_threads)
+    with ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="tools") as pool:
+        for one, answers in zip(conversations, pool.map(Conversation.ask_tools, conversations), strict=True):
+            one.take_answers(answers)
+
+
 def continue_together(conversations: Sequence[tuple[int, int, Conversation]], *, sampler: Sampler, temperature: float) -> None:
     """Carries conversations whose first turn was drawn to their ends, each given with its seed and its number under that seed."""
     while going := [(seed, number, one) for seed, number, one in conversations if one.ending is None]:
-        for _, _, one in going:
-            one.run_tools()
+        run_tools_together([one for _, _, one in going])
         asking = [(seed, number, one) for seed, number, one in going if one.ending is None]
         requests = [
             SampleRequest(

@@ -55,6 +55,9 @@ class UserToolConfig(Settings):
     use: str
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments that stand after the star in its signature: the recipe sets them, the policy never sees them."""
+    deadline_s: float = Field(default=30.0, gt=0, le=3600)
+    """Wall time of one call, seconds, from its start. A late call is no fault of the policy: the conversation becomes `unavailable`. The
+    default is our choice. (The zoom tool only computes, and a program of the python tool has its own `time_limit_s`.)"""
     max_output_chars: int = Field(default=4000, ge=1, le=1_000_000)
     """Text that it returns beyond this is cut out of the middle, with words that say so."""
 
@@ -91,5 +94,9 @@ class AgentConfig(Settings):
     with 6, DeepEyes (arXiv:2505.14362) with 5."""
     max_calls_per_turn: int = Field(default=4, ge=1, le=64)
     """Calls beyond this get words instead of a result."""
-    max_images: int = Field(default=8, ge=0)
-    """Images that tools may add to one conversation; a call beyond this gets words instead of its images."""
+    max_images: int = Field(default=3, ge=0)
+    """Images that tools may add to one conversation; a call beyond this gets words instead of its images. `sampler.max_images_per_prompt`
+    counts them and those of the prompt: the two defaults leave room for one image in the prompt."""
+    num_tool_threads: int = Field(default=8, ge=1, le=256)
+    """Conversations whose tools run at the same time; 1: one after another, as for a user's function that may not be called by two threads.
+    What is drawn does not depend on it."""

@@ -8,7 +8,9 @@ whole numbers, with words for the policy in `Annotated`. An argument named `imag
 images and is not shown. Arguments after the star are options of the recipe. The first paragraph of the docstring describes the tool.
 
 The function returns a text, a number, a PIL image, or a list of these. A `ValueError`, `ArithmeticError` or `LookupError` is its answer to
-arguments that it cannot use, and goes to the policy as words. It runs in the trainer's process: nothing can end it.
+arguments that it cannot use, and goes to the policy as words. Whatever else it raises or returns, and a call that misses `deadline_s`,
+makes the conversation `unavailable`. It runs in threads of the trainer's process, several at a time, and nothing can end it: a late call
+runs on.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from ..rewards.json_answer import Json
 from ..rewards.plugin_source import check_options, load_source, nearest
 from ..rewards.registry import import_module, permitted, read_source
 from .tool import ToolConfigError, ToolResult, ToolUnavailableError, argument_faults, describe, failed, quoted, shorten
+from .tool_deadline import DeadlineCalls
 from .tools_config import UserToolConfig
 
 IMAGES = "images"
 """Name of the argument that gets the conversation's images."""
 _SCALARS: Mapping[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _ALLOWED = "str, int, float, bool, list, list[...] of these, or Literal[...] of texts or of whole numbers"
-_BROKEN = (AssertionError, AttributeError, ImportError, NameError, OSError, RuntimeError, TypeError)
 
 
 def user_tool(config: UserToolConfig, *, recipe_folder: Path | None, allow_code: bool) -> UserTool:
@@ -77,6 +79,7 @@ class UserTool:
         self._options = options
         self.name = function.__name__
         self._place = f"tool {config.use!r}"
+        self._call = DeadlineCalls(function, deadline_s=config.deadline_s, place=self._place)
         parameters = self._parameters()
         try:
             annotations = typing.get_type_hints(function, include_extras=True)
@@ -133,12 +136,15 @@ class UserTool:
             except ValidationError as error:
                 return failed(f"{name} = {quoted(value)}: {error.errors()[0]['msg']}")
         if self._takes_images:
-            given[IMAGES] = tuple(part.image for part in images)
+            # Copies: a tool that draws on them must not change what is trained on.
+            given[IMAGES] = tuple(part.image.copy() for part in images)
         try:
-            returned = self._function(**given, **self._options)
+            returned = self._call(**given, **self._options)
+        except ToolUnavailableError:
+            raise
         except (ValueError, ArithmeticError, LookupError) as error:
             return failed(shorten(f"{type(error).__name__}: {error}", self._config.max_output_chars))
-        except _BROKEN as error:
+        except (Exception, SystemExit) as error:  # a stranger's code: it may exit, and has classes of its own
             raise ToolUnavailableError(f"{self._place} broke: {type(error).__name__}: {error}") from error
         return self._result(returned)
 

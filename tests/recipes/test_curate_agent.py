@@ -137,5 +137,9 @@ def test_what_no_template_writes_is_not_written(chat, tmp_path):
 def test_more_images_than_the_engine_takes_are_refused():
     with pytest.raises(ValidationError, match=r"agent.max_images = 8 is above models.m.sampler.max_images_per_prompt = 5"):
         GenerateConfig.model_validate(
-            {"use": "generate", "models": {"m": {"path": "./m", "sampler": LIMITS}}, "agent": {"tools": [{"use": "image_zoom_in"}]}}
+            {
+                "use": "generate",
+                "models": {"m": {"path": "./m", "sampler": LIMITS}},
+                "agent": {"tools": [{"use": "image_zoom_in"}], "max_images": 8},
+            }
         )

@@ -2,18 +2,22 @@
 
 import json
 import random
+import threading
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 import pytest
 from PIL import Image
 from vlpost.model.chat import Chat
+from vlpost.model.config import SamplerConfig
 from vlpost.model.loading import load_processor
 from vlpost.model.nano import build_nano
 from vlpost.model.records import Example, ImagePart, Message, Rollout, TextPart, ToolCall, VideoPart
 from vlpost.model.sampler import EngineError, request_seed
 from vlpost.rl.agent import Agent, Conversation, draw_conversations, harmless
 from vlpost.rl.tool import ToolResult, ToolUnavailableError, describe
+from vlpost.rl.tool_deadline import DeadlineCalls
 from vlpost.rl.tools import ZoomTool
 from vlpost.rl.tools_config import AgentConfig, ZoomToolConfig
 
@@ -414,6 +418,74 @@ def test_groups_are_drawn_in_lock_step(chat):
         prompt = agent.encode_prompt(example.messages).token_ids
         assert all(whole.token_ids[: len(prompt)] == prompt for whole in group.rollouts)
         assert all(whole.policy_version == 2 for whole in group.rollouts)
+
+
+class Together:
+    """Answers only once three calls of it are under way."""
+
+    name = "echo"
+    description = Echo.description
+
+    def __init__(self):
+        self.barrier = threading.Barrier(3)
+
+    def run(self, arguments, *, images):
+        self.barrier.wait(timeout=20)
+        return ToolResult(text=arguments["text"])
+
+
+def conversations_of(chat, tool, **changes):
+    """Returns what three rollouts become, each of which zooms in, hears a word, and zooms in again."""
+    agent = make_agent(chat, **changes)
+    agent = replace(agent, tools=dict(agent.tools) | {"echo": tool})
+    script = {"e0": [[zoom() + call("echo", text=f"word {number}"), zoom(img_idx=1), str(number)] for number in range(3)]}
+    example = Example(id="e0", messages=(user(picture(), "what?"),), answer="", task="t", source="s")
+    (group,) = draw_conversations(
+        [example], sampler=ScriptedEngine(chat, script), agent=agent, num_rollouts=3, temperature=1.0, seed_of=lambda one: 5
+    )
+    return group.rollouts
+
+
+def test_tools_of_several_conversations_run_at_the_same_time(chat):
+    at_once = conversations_of(chat, Together(), num_tool_threads=3)
+    assert [whole.ending for whole in at_once] == ["answered"] * 3
+    assert at_once == conversations_of(chat, Echo(), num_tool_threads=1), "the outcome must be that of one after another"
+    assert [[answer.text for answer in whole.turns[0].answers] for whole in at_once] == [["", f"word {number}"] for number in range(3)]
+
+
+def test_an_error_of_the_library_inside_a_tool_is_raised(chat):
+    class Faulty(Echo):
+        def run(self, arguments, *, images):
+            raise KeyError("ours")
+
+    with pytest.raises(KeyError, match="ours"):
+        conversations_of(chat, Faulty())
+
+
+def test_a_hung_tool_costs_its_own_conversation_alone(chat):
+    released = threading.Event()
+
+    def wait_on_the_second(text):
+        return released.wait() if text == "word 1" else text
+
+    asked = DeadlineCalls(wait_on_the_second, deadline_s=0.3, place="tool echo")
+
+    class Slow(Echo):
+        def run(self, arguments, *, images):
+            return ToolResult(text=str(asked(text=arguments["text"])))
+
+    wholes = conversations_of(chat, Slow())
+    released.set()
+    assert [whole.ending for whole in wholes] == ["answered", "unavailable", "answered"]
+    assert wholes[1].reason == "tool echo did not answer in 0.3 s; make it faster or raise its deadline_s"
+    quick = conversations_of(chat, Echo())
+    assert (wholes[0], wholes[2]) == (quick[0], quick[2])
+
+
+def test_the_defaults_of_agent_and_engine_fit_together():
+    agent = AgentConfig.model_validate({"tools": [{"use": "image_zoom_in"}]})
+    sampler = SamplerConfig(max_response_tokens=8, max_model_len=96)
+    assert agent.max_images + 1 == sampler.max_images_per_prompt, "one image of the prompt and all of the tools"
 
 
 def test_tools_are_described_where_the_settings_say_so(chat):
