@@ -2,8 +2,8 @@
 
 `python benchmarks/chain.py [--quick] [--seed N] [--output FOLDER]`: an hour and a half on two cores. `vlpost run recipes/nano_chain.yaml`
 runs twice: once undisturbed, whose minutes are the value; and once killed at two random moments (`kill -9` of all its processes) and
-resumed with `--resume`. Bars: at most 45 minutes, engine starts and measurements included; every stage's export and every measurement of
-the killed run equal to the undisturbed one's, byte for byte. Prints the accuracy of every task after every stage, on held-out scans. Ends
+resumed with `--resume`. Bars: at most 45 minutes, engine starts and measurements included; every stage's weights and every response of an
+evaluation equal to the undisturbed run's, byte for byte. Prints the accuracy of every task after every stage, on held-out scans. Ends
 with one JSON line. `--quick`: few steps, and no learning from the teacher's responses, of which none is right after so few; it shows that
 the script works and proves nothing.
 """
@@ -86,8 +86,8 @@ def _has_begun(folder: Path) -> bool:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """Returns a hash of each stage's weights, and of what each evaluate stage measured, by the name of the file."""
-    files = [*folder.glob("*/export/*.safetensors"), *folder.glob("*/evaluation.json")]
+    """Returns a hash of each stage's weights, and of every response of each evaluate stage, by the name of the file."""
+    files = [*folder.glob("*/export/*.safetensors"), *folder.glob("*/evaluation.jsonl")]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
