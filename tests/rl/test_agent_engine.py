@@ -112,12 +112,27 @@ def expanded(chat, rollout):
     return tuple(ids)
 
 
-def test_what_the_engine_saw_is_what_is_trained(bench, eager):
-    groups = draw(bench, 16)
+@pytest.fixture
+def seen(bench, monkeypatch):
+    """The ids of every answer of the engine, prompt first, by conversation and turn as the engine itself names them."""
+    answers = []
+    take = bench.sampler._rollouts
+
+    def spy(request, output):
+        answers.extend((tuple(output.prompt_token_ids), tuple(one.token_ids)) for one in output.outputs)
+        return take(request, output)
+
+    monkeypatch.setattr(bench.sampler, "_rollouts", spy)
+    return answers
+
+
+def test_what_the_engine_saw_is_what_is_trained(bench, eager, seen):
+    groups = draw(bench, 125)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     shown = Counter(sum(answer.num_images for turn in rollout.turns for answer in turn.answers) for rollout in rollouts)
-    assert set(shown) >= {0, 1, 2}
-    assert len(rollouts) == 64
+    assert set(shown) == {0, 1, 2, 3, 4}
+    assert len(rollouts) == 500
+    trained = set()
     for group in groups:
         prompt = bench.drawing().encode_prompt(group.example.messages)
         for rollout in group.rollouts:
@@ -128,6 +143,39 @@ def test_what_the_engine_saw_is_what_is_trained(bench, eager):
             written = "".join(turn.text for turn in rollout.turns)
             ids = [token for token, sampled in zip(rollout.token_ids, rollout.sampled, strict=True) if sampled]
             assert bench.chat.decode(ids) == written
+            trained |= set(turns(rollout))
+    # Both ways: no turn is trained that the engine did not write behind that very prompt, and none that it wrote is missing.
+    assert trained == set(seen)
+
+
+def score(group):
+    """Returns the group with a reward of 0 for its first rollout, 1 for the next, and so on."""
+    judged = tuple(
+        JudgedRollout(rollout=rollout, score=RolloutScore(reward=float(number), results={"answer": RewardResult(value=float(number))}))
+        for number, rollout in enumerate(group.rollouts)
+    )
+    return ScoredGroup(example=group.example, judged=judged, unjudged=())
+
+
+def turns(rollout):
+    """Yields what was before each run of sampled ids, and the run."""
+    starts = [place for place, sampled in enumerate(rollout.sampled) if sampled and not rollout.sampled[place - 1]]
+    for start in starts:
+        end = next((place for place in range(start, len(rollout.sampled)) if not rollout.sampled[place]), len(rollout.sampled))
+        yield rollout.token_ids[:start], rollout.token_ids[start:end]
+
+
+def test_engine_and_learner_agree_on_conversations(bench, eager):
+    groups = draw(bench, 25)
+    families = policy_families(list(map(score, groups)), RlConfig(num_steps=1, prompts_per_step=25, group_size=4, num_mini_batches=1))
+    largest, num_sequences = 0.0, 0
+    for batch in pack(families, media=bench.chat, token_budget=8000):
+        logprobs = bench.learner.logprobs(batch, bench.distribution).logprobs.cpu()
+        drawn = torch.tensor([value for sequence in batch.sequences for value in sequence.targets.sampler_logprobs])
+        largest = max(largest, float((logprobs - drawn).abs().max()))
+        num_sequences += len(batch.sequences)
+    assert num_sequences == 100
+    assert largest <= 1e-4
 
 
 def test_the_gate_compares_conversations(bench, eager):
@@ -157,12 +205,7 @@ def test_the_gate_compares_conversations(bench, eager):
 
 def test_groups_of_conversations_share_their_prompt(bench, eager):
     (group,) = draw(bench, 1, num_rollouts=3)
-    judged = tuple(
-        JudgedRollout(rollout=rollout, score=RolloutScore(reward=float(number), results={"answer": RewardResult(value=float(number))}))
-        for number, rollout in enumerate(group.rollouts)
-    )
-    scored = [ScoredGroup(example=group.example, judged=judged, unjudged=())]
-    families = policy_families(scored, RlConfig(num_steps=1, prompts_per_step=1, group_size=3, num_mini_batches=1))
+    families = policy_families([score(group)], RlConfig(num_steps=1, prompts_per_step=1, group_size=3, num_mini_batches=1))
     (batch,) = pack(families, media=bench.chat, token_budget=4000)
     prompt = bench.drawing().encode_prompt(group.example.messages).token_ids
     apart = sum(len(rollout.token_ids) for rollout in group.rollouts)
