@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,11 @@ def write_summary(folder: Path, stages: Sequence[tuple[str, StageRecipe]]) -> li
     if not rows:
         return []
     lines = summary_lines(rows)
-    (folder / TABLE_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_summary(folder / PICTURE_FILE, rows, title=folder.resolve().name)
+    # Last and whole: where the table is, a chain is finished.
+    partial = (folder / TABLE_FILE).with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, folder / TABLE_FILE)
     return lines
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..model.records import VlpostError
+from .changed_setting import first_change
 from .confidence import Difference, mean_of_differences, paired_difference
 from .evaluation_record import Evaluation, Outcome
 
@@ -56,14 +56,10 @@ def why_not_comparable(first: Evaluation, second: Evaluation) -> str | None:
     """Returns words for the first thing in which what two evaluations asked differs, None where they asked the same."""
     if first.data != second.data:
         return f"they asked other examples (fingerprints {first.data} and {second.data}); measure both on the same data, as many examples"
-    return _first_change(first.settings, second.settings)
-
-
-def _first_change(one: Any, other: Any, key: str = "") -> str | None:  # noqa: ANN401
-    if isinstance(one, dict) and isinstance(other, dict):
-        below = (_first_change(one.get(name), other.get(name), f"{key}.{name}".lstrip(".")) for name in {**one, **other})
-        return next((found for found in below if found), None)
-    return None if one == other else f"{key} is {one!r} in the first and {other!r} in the second; measure both with the same settings"
+    changed = first_change(first.settings, second.settings)
+    if changed is None:
+        return None
+    return f"{changed.key} is {changed.before!r} in the first and {changed.after!r} in the second; measure both with the same settings"
 
 
 def _pairs(first: Evaluation, second: Evaluation, way: str) -> Iterator[tuple[Outcome, Outcome]]:

@@ -27,6 +27,7 @@ from ..model.records import DataError, Example, TrainSequence, VlpostError
 from ..model.reference import SparseStates
 from ..sft.train import NoTargets, RowFitter, SoftTargets
 from .build import Workshop, vocabulary_size
+from .changed_setting import first_change
 from .curate import curate
 from .curate_fingerprint import step_key
 from .curate_output import MANIFEST_FILE
@@ -37,7 +38,7 @@ from .curate_step import StepContext
 from .interrupt import StopRequestedError
 from .run_log import RunLog
 from .schema import OffPolicyDistillRecipe
-from .training import ResumeError, first_change, phase_of
+from .training import ResumeError, phase_of
 
 SETTINGS_FILE = "off_policy.json"
 LABELS_FOLDER = "soft_labels"

@@ -17,7 +17,7 @@ from ..model.parity import check_parity
 from ..model.records import VlpostError
 from ..model.weight_sync import publish
 from .build import Workshop
-from .chain_summary import write_summary
+from .chain_summary import TABLE_FILE, write_summary
 from .curate_config import CurateRecipe
 from .drawing import open_drawing
 from .evaluation_table import figure_lines
@@ -92,8 +92,14 @@ def _check_folder(loaded: LoadedRecipe, resume: bool) -> None:
             raise VlpostError(f"{folder} is not empty: add --resume to go on, or give another folder with output=...")
     elif not (folder / EVENTS_FILE).exists():
         raise ResumeError(f"{folder}: nothing to resume, no run has been started there; leave out --resume, or mend output=...")
-    elif all((stage.output / DONE_FILE).exists() for _, stage in loaded.stages):
+    elif all((stage.output / DONE_FILE).exists() for _, stage in loaded.stages) and not _lacks_summary(loaded):
         raise ResumeError(f"{folder}: nothing to resume, the run is finished; to train again give another folder with output=...")
+
+
+def _lacks_summary(loaded: LoadedRecipe) -> bool:
+    """Says whether a chain that measures something was ended before its summary was written."""
+    measures = any(isinstance(stage, EvaluateRecipe) for _, stage in loaded.stages)
+    return isinstance(loaded.recipe, ChainRecipe) and measures and not (loaded.recipe.output / TABLE_FILE).exists()
 
 
 def _draw(folder: Path, log: RunLog) -> None:

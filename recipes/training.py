@@ -21,6 +21,7 @@ from ..rewards.manager import RewardManager
 from ..rl.ahead import AheadDrawing
 from .alarms import Alarms
 from .build import LoadedModel
+from .changed_setting import first_change
 from .data_config import CuratedData
 from .drawing import StageDrawing
 from .evaluate import evaluate
@@ -260,14 +261,3 @@ def comparable_recipe(recipe: TrainingRecipe) -> dict[str, Any]:
                 del teacher[name]
             teacher["serve"] = teacher["serve"] and {name: teacher["serve"][name] for name in ("model", "dtype")}
     return values
-
-
-def first_change(saved: object, now: object, key: str = "") -> str | None:
-    """Returns words for the first setting in which two nested mappings differ, or None."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for name in [*saved, *(name for name in now if name not in saved)]:
-            found = first_change(saved.get(name), now.get(name), f"{key}.{name}" if key else str(name))
-            if found:
-                return found
-        return None
-    return None if saved == now else f"{key} was {saved!r}, is {now!r}"

@@ -10,7 +10,10 @@ from vlpost.recipes.compare import compare
 from vlpost.recipes.confidence import wilson
 from vlpost.recipes.evaluation_record import JudgedResponse, Outcome, figures_of, read_evaluation, write_evaluation
 from vlpost.recipes.evaluation_table import WIDTH, comparison_lines, figure_lines, table_lines
+from vlpost.recipes.load import load_recipe
+from vlpost.recipes.runner import run_recipe
 from vlpost.recipes.schema import EvaluateRecipe
+from vlpost.recipes.training import ResumeError
 
 SETTINGS = {"evaluate": {"num_samples": 2, "temperatures": [1.0]}, "rewards": {"components": {"answer": {"use": "count"}}}}
 
@@ -190,6 +193,27 @@ def test_the_summary_is_written_beside_the_stages(chain):
     assert (folder / "summary.txt").read_text() == "\n".join(lines) + "\n"
     assert (folder / "summary.png").stat().st_size > 10_000
     assert write_summary(Path("nowhere"), []) == []
+
+
+def test_a_chain_that_ended_before_its_summary_is_resumed_to_write_it(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+method: chain
+output: {tmp_path / "run"}
+trackers: []
+common: {{data: {{use: handwriting, tasks: {{add: 1.0}}}}, sampler: {{max_response_tokens: 8, max_model_len: 64}}}}
+stages:
+  look: {{method: evaluate, model: {{path: {tmp_path}}}, rewards: {{components: {{answer: {{use: count}}}}}}, evaluate: {{num_samples: 2}}}}
+""")
+    loaded = load_recipe(path)
+    folder = evaluation(tmp_path / "run" / "look", rows(15)).folder
+    (folder / "done.json").write_text('{"export": null}')
+    (tmp_path / "run" / "events.jsonl").touch()
+    assert run_recipe(loaded, resume=True, allow_code=False) == 0
+    assert "look" in (tmp_path / "run" / "summary.txt").read_text()
+    assert "75.0" in capsys.readouterr().out
+    with pytest.raises(ResumeError, match="nothing to resume, the run is finished"):
+        run_recipe(loaded, resume=True, allow_code=False)
 
 
 def test_a_model_that_is_measured_twice_bears_the_evaluations_names(chain):
