@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 RECIPE = """
 method: chain
@@ -45,10 +46,74 @@ def few_tokens(example, rollout):
 '''
 
 
+# Rows that a nano learns by heart in seconds: it calls the tool, whose picture is the answer to nothing.
+TOOL_RECIPE = """
+method: chain
+output: {output}
+common:
+  model: {{nano: {{size: s}}}}
+  sampler: {{max_response_tokens: 64, max_model_len: 384, max_videos_per_prompt: 0, max_images_per_prompt: 2}}
+  rewards: {{components: {{answer: {{use: "tools.py:by_tokens"}}}}}}
+  data: {{use: jsonl, path: prompts.jsonl}}
+  parity: {{num_examples: 3}}
+  checkpoint: {{every: 2}}
+  agent: {{tools: [{{use: "tools.py:look"}}], max_turns: 3, max_images: 2, describe_tools: false}}
+stages:
+  sft:
+    method: sft
+    data: {{path: conversations.jsonl}}
+    sft: {{num_steps: 60, examples_per_step: 8}}
+    learner: {{learning_rate: 2.0e-3, warmup_steps: 5}}
+    checkpoint: {{every: 30}}
+  sapo:
+    method: rl
+    model: {{stage: sft}}
+    rl: {{num_steps: 6, prompts_per_step: 4, group_size: 4, num_mini_batches: 2}}
+    learner: {{learning_rate: 1.0e-4}}
+  measure:
+    method: evaluate
+    model: {{stage: sapo}}
+    evaluate: {{num_examples: 4, num_samples: 2}}
+"""
+
+TOOLS = '''
+from PIL import Image
+
+
+def look(at: int) -> Image.Image:
+    """Shows a colour."""
+    return Image.new("RGB", (64, 64), (30 * at % 256, 0, 0))
+
+
+def by_tokens(example, rollout):
+    """Depends on every token, so that no group is without a signal."""
+    return sum(rollout.token_ids) % 11 / 10
+'''
+
+
 def write_recipe(folder: Path) -> Path:
     (folder / "few.py").write_text(REWARD)
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(output=folder / "run", rewards="few.py"))
+    return path
+
+
+def write_tool_recipe(folder: Path) -> Path:
+    (folder / "tools.py").write_text(TOOLS)
+    path = folder / "recipe.yaml"
+    path.write_text(TOOL_RECIPE.format(output=folder / "run"))
+    Image.new("RGB", (64, 64), (120, 0, 0)).save(folder / "seen.png")
+    with (folder / "prompts.jsonl").open("w") as prompts, (folder / "conversations.jsonl").open("w") as conversations:
+        for number in range(8):
+            asked = {"role": "user", "content": f"look at {number}"}
+            called = {"type": "function", "function": {"name": "look", "arguments": {"at": number}}}
+            told = [
+                {"role": "assistant", "content": "", "tool_calls": [called]},
+                {"role": "tool", "content": [{"type": "image", "image": "seen.png"}]},
+                {"role": "assistant", "content": f"\\boxed{{{number}}}"},
+            ]
+            for file, messages in ((prompts, [asked]), (conversations, [asked, *told])):
+                file.write(json.dumps({"id": f"row-{number}", "messages": messages, "answer": str(number)}) + "\n")
     return path
 
 
@@ -140,6 +205,20 @@ def test_kill_then_resume_is_the_uninterrupted_run(tmp_path, uninterrupted):
     finish(process, recipe, -signal.SIGKILL)
     finish(start(recipe, "--resume"), recipe, 0)
     assert_same(recipe, uninterrupted)
+
+
+def test_conversations_with_tools_go_on_as_if_they_had_not_been_killed(tmp_path):
+    whole, killed = (write_tool_recipe(tmp_path / name) for name in ("whole", "killed") if (tmp_path / name).mkdir() is None)
+    finish(start(whole), whole, 0)
+    left = outcome(whole)
+    assert all(line["values"]["tool_calls"] > 0 for line in left["metrics"] if line["phase"] == "sapo")
+    assert any(line["images"] for line in left["rollouts"])
+    process = start(killed)
+    wait_for(process, killed, "sapo", 3)
+    process.kill()
+    finish(process, killed, -signal.SIGKILL)
+    finish(start(killed, "--resume"), killed, 0)
+    assert_same(killed, left)
 
 
 def test_resume_with_another_recipe_is_refused(tmp_path):
