@@ -181,6 +181,14 @@ class EngineServer:
         return process is None or process.poll() is not None
 
     def _watch(self) -> None:
+        """Watches; whatever ends that early becomes the fault, or all would wait for a server that nobody starts again."""
+        try:
+            self._watch_until_stopped()
+        except Exception as error:
+            self._up.clear()
+            self.fault = f"it cannot be watched any more: {type(error).__name__}: {error}; see {self.log_file}"
+
+    def _watch_until_stopped(self) -> None:
         """Starts the server again whenever it has ended or hangs; runs until the server is stopped or may not be started any more."""
         deaths, next_probe = 0, time.monotonic() + _PROBE_EVERY_S
         with httpx.Client(trust_env=False) as client:

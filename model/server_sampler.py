@@ -130,7 +130,8 @@ class Draws:
         """Has a request asked again."""
         with self._changed:
             self._waiting.appendleft(number)
-            self._changed.notify()
+            # All: the one that is woken may be `result`, or a thread of the server that was lost.
+            self._changed.notify_all()
 
     def store(self, number: int, reply: Mapping[str, Any]) -> None:
         """Keeps a reply; each request has one."""
@@ -253,7 +254,7 @@ class ServerSampler:
         lanes = min(self.serve.max_concurrent, -(-len(requests) // len(self._endpoints)))
         for number in range(len(self._endpoints)):
             for lane in range(lanes):
-                threading.Thread(target=self._ask_while_needed, args=(number, draws), name=f"engine-{number}-{lane}", daemon=True).start()
+                threading.Thread(target=self._take_part, args=(number, draws), name=f"engine-{number}-{lane}", daemon=True).start()
         return draws
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
@@ -413,6 +414,15 @@ class ServerSampler:
                 raise EngineError(f"engine {number}: could not reset its prefix cache: it would answer from keys and values of old weights")
             held.fingerprint = ",".join(one["fingerprint"] for one in taken)
             held.label = label
+
+    def _take_part(self, number: int, draws: Draws) -> None:
+        """Asks a server while that is needed; whatever ends it early ends the drawing too, which would wait for ever."""
+        try:
+            self._ask_while_needed(number, draws)
+        except Exception as error:
+            fault = EngineError(f"engine {number}: asking it failed: {type(error).__name__}: {error}; see {self._run_folder}")
+            fault.__cause__ = error
+            draws.fail(fault)  # raised in the thread that waits
 
     def _ask_while_needed(self, number: int, draws: Draws) -> None:
         """Takes requests of a drawing to a server, one after another, until none is needed."""

@@ -86,7 +86,10 @@ def post(http: httpx.Client, path: str, body: bytes) -> dict[str, Any]:
 def tell(http: httpx.Client, path: str, **words: object) -> dict[str, Any]:
     """Returns what a server answers to a word of the run, nothing where it only obeys; raises one of the errors above."""
     content = _content(http, path, json.dumps(words).encode())
-    return from_json(content) if content else {}
+    try:
+        return from_json(content) if content else {}
+    except ValueError as error:
+        raise RequestFailedError(f"{path}: a reply that is no JSON ({error})") from error
 
 
 def _content(http: httpx.Client, path: str, body: bytes) -> bytes:

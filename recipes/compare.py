@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
         raise VlpostError(f"{first.folder} and {second.folder} cannot be compared: {obstacle}")
     by_way: dict[str, dict[str, ComparedFigure]] = {}
     num_left_out: dict[str, int] = {}
-    for way in dict.fromkeys(outcome.way for outcome in first.outcomes):
+    for way in dict.fromkeys(outcome.way for outcome in (*first.outcomes, *second.outcomes)):
         pairs = list(_pairs(first, second, way))
         judged = [(one.task, _mean(one), _mean(other)) for one, other in pairs if one.rewards and other.rewards]
         num_left_out[way] = len(pairs) - len(judged)
@@ -63,12 +64,24 @@ def why_not_comparable(first: Evaluation, second: Evaluation) -> str | None:
 
 
 def _pairs(first: Evaluation, second: Evaluation, way: str) -> Iterator[tuple[Outcome, Outcome]]:
-    others = {outcome.id: outcome for outcome in second.outcomes if outcome.way == way}
-    for outcome in first.outcomes:
+    ones, others = _by_example(first, way), _by_example(second, way)
+    for folder, asked, there in ((second.folder, ones, others), (first.folder, others, ones)):
+        missing = next((name for name in asked if name not in there), None)
+        if missing is not None:
+            raise VlpostError(f"{folder}: no responses to example {missing[0]!r} ({way}): the file was cut off; measure again")
+    for name, outcome in ones.items():
+        yield outcome, others[name]
+
+
+def _by_example(evaluation: Evaluation, way: str) -> dict[tuple[str, int], Outcome]:
+    """Returns the outcomes by id and, as two data sets may use one id, by how many before have the same."""
+    seen: Counter[str] = Counter()
+    found: dict[tuple[str, int], Outcome] = {}
+    for outcome in evaluation.outcomes:
         if outcome.way == way:
-            if outcome.id not in others:
-                raise VlpostError(f"{second.folder}: no responses to example {outcome.id!r} ({way}): the file was cut off; measure again")
-            yield outcome, others[outcome.id]
+            found[outcome.id, seen[outcome.id]] = outcome
+            seen[outcome.id] += 1
+    return found
 
 
 def _mean(outcome: Outcome) -> float:

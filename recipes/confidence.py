@@ -47,6 +47,7 @@ class Difference:
     mean: float
     low: float
     high: float
+    """The interval is [low, high]; both infinite where one example alone says nothing of the spread."""
     p_value: float
     """Two-sided, not corrected for several tasks."""
     num_examples: int
@@ -120,7 +121,7 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     if not differences:
         raise ValueError("the mean of no differences: leave out what has none")
     count = len(differences)
-    low, high = _bootstrap_interval(differences)
+    low, high = _bootstrap_interval(differences) if count > 1 else (-math.inf, math.inf)
     return Difference(
         mean=math.fsum(differences) / count,
         low=low,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .compare import Comparison
-from .confidence import Estimate
+from .confidence import Difference, Estimate
 
 WIDTH = 80
 """Columns that a table takes at most, whatever it is printed to."""
@@ -44,7 +44,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
                 str(row.difference.num_examples),
                 number_text(row.first),
                 number_text(row.second),
-                f"{100 * row.difference.mean:+.1f} [{100 * row.difference.low:+.1f}, {100 * row.difference.high:+.1f}]",
+                difference_text(row.difference),
                 f"{row.difference.num_better}/{row.difference.num_worse}",
                 p_value_text(row.difference.p_value),
             ]
@@ -89,6 +89,14 @@ def estimate_text(estimate: Estimate | None) -> str:
     if not math.isfinite(estimate.low):
         return f"{number_text(estimate.mean)} [?]"
     return f"{number_text(estimate.mean)} [{number_text(estimate.low)}, {number_text(estimate.high)}]"
+
+
+def difference_text(difference: Difference) -> str:
+    """Returns mean and interval of a difference in percent, with signs: `+4.0 [+1.5, +6.5]`."""
+    mean = f"{100 * difference.mean:+.1f}"
+    if not math.isfinite(difference.low):
+        return f"{mean} [?]"
+    return f"{mean} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
 def number_text(value: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..model.chat import Chat
 from ..model.records import Example, Group, Rollout
 from ..model.rollouts import group_requests
-from ..model.sampler import SampleRequest, drawn_rollout
+from ..model.sampler import SampleRequest, drawn_rollout, request_seed
 from ..model.server_sampler import Draws, ServerSampler
 
 
@@ -121,8 +121,10 @@ class AheadDrawing:
 
 
 def _key(request: SampleRequest) -> tuple[int, int]:
-    """Returns what tells a request: its seed is hashed from step and example."""
-    return request.seed, request.num_rollouts
+    """Returns what tells a request: a hash of its seed, which is that of step and example, and of its prompt, as two data sets may use one
+    id; and its size."""
+    prompt = request.prompt
+    return request_seed(request.seed, *prompt.token_ids, *(part.digest for part in prompt.media)), request.num_rollouts
 
 
 def _drawn_groups(requests: Sequence[SampleRequest], groups: Sequence[tuple[Rollout, ...]]) -> dict[tuple[int, int], _DrawnGroup]:

@@ -128,6 +128,17 @@ def test_one_that_cannot_be_made_ready_is_started_once_more(tmp_path):
     assert "time 2 of at most 2" in heard[2]
 
 
+def test_a_watcher_that_fails_says_so_and_leaves_no_server_that_nobody_watches(tmp_path):
+    def make_ready():
+        raise KeyError("results")
+
+    with EngineServer(plan(tmp_path), heed=print, make_ready=make_ready) as server:
+        os.kill(child_of(server.supervisor_pid), signal.SIGKILL)
+        wait_until(lambda: server.fault)
+        assert not server.is_up
+        assert server.fault.startswith("it cannot be watched any more: KeyError: 'results'; see ")
+
+
 def test_while_it_works_only_its_front_is_asked(tmp_path):
     slow = STAND_IN.replace("is_ours =", "import time; time.sleep(60 if self.path == '/weight_info' else 0); is_ours =")
     heard = []

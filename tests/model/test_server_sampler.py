@@ -5,7 +5,9 @@ import dataclasses
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -20,7 +22,7 @@ from vlpost.model.parity import check_parity
 from vlpost.model.records import DataError, ImagePart, Message, TextPart, VideoPart
 from vlpost.model.sampler import EngineError, SampleRequest, VllmSampler
 from vlpost.model.server_sampler import Draws, ServerSampler, StaleWeightsError, check_reply, serve_arguments
-from vlpost.model.token_client import RequestFailedError
+from vlpost.model.token_client import Endpoint, RequestFailedError
 from vlpost.model.weight_sync import publish
 
 SUPERVISOR = "vlpost.rewards.judge_server_main"
@@ -341,6 +343,49 @@ def test_every_request_is_answered_once_and_the_first_error_is_told():
     assert failed.next() is None
     with pytest.raises(EngineError, match="first"):
         failed.result()
+
+
+def test_a_request_that_is_put_back_goes_to_a_server_that_waits():
+    draws = Draws(SimpleNamespace(policy_version=0), ["a"])  # pyright: ignore[reportArgumentType]
+    assert draws.next() == 0
+    with ThreadPoolExecutor(2) as pool:
+        told = pool.submit(draws.result)
+        time.sleep(0.1)  # it waits first, and would be the one that is woken
+        taken = pool.submit(draws.next)
+        time.sleep(0.1)
+        draws.put_back(0)
+        try:
+            assert taken.result(timeout=5) == 0
+        finally:
+            draws.close()
+            assert isinstance(told.exception(timeout=5), AssertionError)
+
+
+def test_a_reply_that_nobody_foresaw_ends_the_drawing_with_words(chat, tmp_path, monkeypatch):
+    sampler = ServerSampler(
+        tmp_path,
+        chat=chat,
+        config=CONFIG,
+        allowed=torch.ones(8, dtype=torch.bool),
+        stop_token_ids=(1,),
+        dtype="float32",
+        run_folder=tmp_path,
+        supervisor=SUPERVISOR,
+        heed=print,
+    )
+    request = SampleRequest(place="row", prompt=chat.encode_prompt(user("3 + 4?")), num_rollouts=1, seed=1, temperature=1.0)
+    odd = reply_for(request)
+    del odd["choices"][0]["weight_versions"]
+    monkeypatch.setattr("vlpost.model.server_sampler.post", lambda http, path, body: odd)
+    sampler._label = "update-0-ab"
+    sampler._endpoints = [Endpoint(url="http://127.0.0.1:9", model="policy", api_key=None)]
+    draws = sampler.start([request])
+    deadline = time.monotonic() + 20
+    while not draws.is_done and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert draws.is_done, "it would wait for ever"
+    with pytest.raises(EngineError, match="engine 0: asking it failed: KeyError: 'weight_versions'"):
+        draws.result()
 
 
 def test_the_command_line_has_the_engines_own_options():

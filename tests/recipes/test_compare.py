@@ -36,6 +36,24 @@ def evaluation(folder, outcomes, *, data="f00d", settings=SETTINGS):
     return read_evaluation(folder)
 
 
+def test_an_evaluation_that_was_cut_off_is_not_compared_on_what_is_left(tmp_path):
+    whole, cut = evaluation(tmp_path / "whole", rows(10)), evaluation(tmp_path / "cut", rows(10)[:7])
+    for first, second in ((whole, cut), (cut, whole)):
+        with pytest.raises(VlpostError, match=r"cut: no responses to example 'add-7' \(@2/1\): the file was cut off; measure again"):
+            compare(first, second)
+
+
+def test_examples_of_two_data_sets_with_one_id_are_paired_in_order(tmp_path):
+    asked = (outcome("0", "add", 1.0, 1.0), outcome("0", "add", 0.0, 0.0))
+    found = compare(evaluation(tmp_path / "one", asked), evaluation(tmp_path / "two", asked)).by_way["@2/1"]["all"]
+    assert (found.first, found.second, found.difference.num_better, found.difference.num_examples) == (0.5, 0.5, 0, 2)
+
+
+def test_one_pair_is_shown_without_an_interval(tmp_path):
+    found = compare(evaluation(tmp_path / "one", rows(0, 1)), evaluation(tmp_path / "two", rows(1, 1)))
+    assert any("+100.0 [?]" in line for line in comparison_lines(found))
+
+
 def rows(num_right, num_rows=20, task="add"):
     """Returns examples of which the first `num_right` are always right, the others never."""
     return [outcome(f"{task}-{number}", task, *(2 * [float(number < num_right)])) for number in range(num_rows)]

@@ -114,6 +114,12 @@ def test_a_paired_interval_is_that_of_resampled_examples():
     assert (same.mean, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
+def test_one_pair_alone_says_nothing_of_the_spread():
+    for value in (1.0, 0.0):
+        found = paired_difference([value])
+        assert (found.mean, found.low, found.high, found.p_value) == (value, -math.inf, math.inf, 1.0)
+
+
 def test_each_task_counts_once_in_the_macro_difference():
     found = mean_of_differences([[1.0, 1.0, 0.0, 0.0], [-0.5]])
     assert found.mean == pytest.approx((0.5 - 0.5) / 2)

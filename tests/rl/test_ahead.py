@@ -1,5 +1,7 @@
 """One step ahead: which weights draw which step, what a checkpoint brings back, what a roll-back drops."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -200,6 +202,21 @@ def test_what_older_weights_drew_is_drawn_again(chat, examples):
     groups = ahead(examples, **how(1))
     assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {3}
     assert [event[0] for event in servers.events] == ["start", "publish", "start"]
+
+
+def test_responses_stay_with_their_prompt_where_two_data_sets_use_one_id(chat, examples):
+    servers = Servers()
+    ahead = make_ahead(servers, chat)
+    named_alike = [dataclasses.replace(example, id="0") for example in examples]
+    ahead.start(named_alike, **how(1))
+    ahead.wait()
+    restored = make_ahead(servers, chat)
+    restored.load([ahead.state()])
+    fresh = servers.sample(servers.coming.requests)
+    for drawing in (ahead, restored):
+        groups = drawing(named_alike, **how(1))
+        assert [group.rollouts[0].token_ids for group in groups] == [rollouts[0].token_ids for rollouts in fresh]
+    assert len(ahead.state()["seeds"]) == 4, "a response stands in for that of another prompt"
 
 
 @given(sizes=st.lists(st.integers(1, 4), max_size=3), seed=st.integers(0, 2**61))
