@@ -145,7 +145,9 @@ def target_states(model: PreTrainedModel, batch: Batch[Any], *, vision: VisionPa
     ).last_hidden_state[0]
     if vision.zero is not None:
         hidden = hidden + vision.zero.to(hidden.dtype)
-    return hidden[batch.hidden_index]
+    # One state predicts the next token of all responses that continue there. Indexing would add their gradients in whatever order the
+    # CPU's threads come; the backward of a lookup has one order.
+    return nn.functional.embedding(batch.hidden_index, hidden)
 
 
 def head_of(model: PreTrainedModel) -> Tensor:

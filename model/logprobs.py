@@ -65,10 +65,10 @@ class _TokenLogprobs(torch.autograd.Function):
             for columns in blocks_of(len(head), VOCABULARY_BLOCK):
                 logits = tile_logits(hidden[rows], head[columns], ctx.allowed, columns, ctx.temperature)
                 grad_logits = torch.exp(logits - log_z[rows, None]) * -grad[rows].sum(dim=-1, keepdim=True)
-                here, which = ((token_ids[rows] >= columns.start) & (token_ids[rows] < columns.stop)).nonzero(as_tuple=True)
-                # An id may be asked for twice at one position.
-                places = here, token_ids[rows][here, which] - columns.start
-                grad_logits.index_put_(places, grad[rows][here, which], accumulate=True)
+                # An id may be asked for twice at one position; a scatter adds in one order whatever the CPU's threads do.
+                places = token_ids[rows] - columns.start
+                is_here = (places >= 0) & (places < grad_logits.shape[1])
+                grad_logits.scatter_add_(1, places.clamp(0, grad_logits.shape[1] - 1), torch.where(is_here, grad[rows], 0.0))
                 grad_hidden[rows] += product(grad_logits.to(hidden.dtype), head[columns].to(hidden.dtype))
                 grad_head[columns] += product(grad_logits.to(hidden.dtype).T, hidden[rows])
         return grad_hidden.to(hidden.dtype), grad_head.to(head.dtype), None, None, None

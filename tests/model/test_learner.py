@@ -98,6 +98,36 @@ def test_a_step_on_the_loss_lowers_it(batches, make_model):
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_a_gradient_has_one_value_whatever_threads_do(chat, make_model):
+    """Above 32,768 numbers torch adds indexed gradients from several threads at once, in the order in which they come."""
+    prompt = chat.encode_prompt([Message(role="user", parts=(TextPart(text="3 + 4?"),))]).token_ids
+    family = [
+        TrainSequence(
+            place=f"response {number}", token_ids=(*prompt, *response), trained=(False,) * len(prompt) + (True,) * len(response),
+            media=(), targets=None,
+        )
+        for number in range(200)
+        for response in [tuple(5 + (number >> bit) % 2 for bit in range(8))]
+    ]  # fmt: skip
+    (batch,) = pack(weigh([family], "token"), media=chat, token_budget=4096)
+    assert len(batch.hidden_index.unique()) < len(batch.hidden_index) / 2
+    assert len(batch.hidden_index) * make_model().config.text_config.hidden_size > 2 * 32768
+
+    def gradients():
+        learner = Learner(make_model(), config=config(), num_steps=1)
+        learner.forward_backward(batch, FULL_DISTRIBUTION, negative_logprobs)
+        return [parameter.grad for parameter in learner.model.parameters() if parameter.grad is not None]
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        for _ in range(5):
+            assert all(map(torch.equal, gradients(), first))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def test_the_gradient_is_cleared_after_a_step(batches, make_model):
     learner = Learner(make_model(), config=config(), num_steps=3)
     learner.forward_backward(batches[0], FULL_DISTRIBUTION, negative_logprobs)
