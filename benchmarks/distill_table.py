@@ -1,6 +1,6 @@
 """Reinforcement learning against on-policy distillation from one student, in the form of table 21 of Qwen3's report (arXiv:2505.09388).
 
-`python benchmarks/distill_table.py [--quick] [--seeds N ...] [--output FOLDER] [--resume]`: an hour and a half on two cores. All stages
+`python benchmarks/distill_table.py [--quick] [--seeds N ...] [--output FOLDER] [--resume]`: about two hours on two cores. All stages
 are those of `recipes/nano_on_policy.yaml`, on sums of two handwritten numbers of four digits, worked out by columns in the think block:
 
 - a teacher (4.6 million parameters) is trained once; its seconds are a column of their own;
