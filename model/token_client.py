@@ -72,24 +72,24 @@ def open_client(endpoint: Endpoint, *, timeout_s: float | None) -> httpx.Client:
 
 def post(http: httpx.Client, path: str, body: bytes) -> dict[str, Any]:
     """Returns the JSON object that a server answers; raises one of the errors above."""
-    content = _content(http, path, body)
-    try:
-        # Several times as fast as `json`; takes NaN, which JSON has no word for and servers write all the same.
-        found = from_json(content, cache_strings="keys")
-    except ValueError as error:
-        raise RequestFailedError(f"a reply that is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise RequestFailedError(f"a reply that is a {type(found).__name__}, not an object")
-    return found
+    return _object(path, _content(http, path, body))
 
 
 def tell(http: httpx.Client, path: str, **words: object) -> dict[str, Any]:
     """Returns what a server answers to a word of the run, nothing where it only obeys; raises one of the errors above."""
     content = _content(http, path, json.dumps(words).encode())
+    return _object(path, content) if content else {}
+
+
+def _object(path: str, content: bytes) -> dict[str, Any]:
     try:
-        return from_json(content) if content else {}
+        # Several times as fast as `json`; takes NaN, which JSON has no word for and servers write all the same.
+        found = from_json(content, cache_strings="keys")
     except ValueError as error:
         raise RequestFailedError(f"{path}: a reply that is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise RequestFailedError(f"{path}: a reply that is a {type(found).__name__}, not an object")
+    return found
 
 
 def _content(http: httpx.Client, path: str, body: bytes) -> bytes:

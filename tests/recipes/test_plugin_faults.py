@@ -28,6 +28,12 @@ def faulty(example, rollout):
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     return {{"nan": float("nan"), "text": "1.0"}}.get(what, 0.1 + zlib.crc32(rollout.text.encode()) % 7 / 10)
+
+
+def short(example, rollouts):
+    '''Judges every second group, and one response too few of each other.'''
+    values = [0.1 + zlib.crc32(rollout.text.encode()) % 7 / 10 for rollout in rollouts]
+    return values[int(example.id[-1]) % 2:]
 """
 RECIPE = """
 method: rl
@@ -37,7 +43,7 @@ sampler: {{max_response_tokens: 8, max_model_len: 96, max_videos_per_prompt: 0, 
 data: {{use: handwriting, split: train, tasks: {{add: 1.0}}}}
 parity: {{num_examples: 2}}
 trackers: []
-rewards: {{components: {{mine: {{use: "mine.py:faulty"}}}}, max_unavailable_frac: 1.0, timeout_s: 0.5}}
+rewards: {{components: {{mine: {{use: "mine.py:{function}"}}}}, max_unavailable_frac: 1.0, timeout_s: 0.5}}
 rl: {{num_steps: 2, prompts_per_step: 4, group_size: 8}}
 learner: {{learning_rate: 1.0e-3}}
 """
@@ -51,13 +57,17 @@ WORDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
+def run_with(function, folder):
+    """Runs the recipe with one of the plug-in's functions and returns the run's folder."""
     (folder / "mine.py").write_text(PLUG_IN)
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, function=function))
     assert main(["run", str(folder / "recipe.yaml")]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return run_with("faulty", tmp_path_factory.mktemp("faults"))
 
 
 def lines(path):
@@ -80,4 +90,20 @@ def test_the_steps_learn_from_what_was_judged(run_folder):
         assert 0.0 < step["unavailable_frac"] < 1.0
         assert step["reward/mine/judged"] + step["reward/mine/unavailable"] == 32
         assert 0.1 <= step["reward"] <= 0.7
+        assert step["skipped_updates"] == 0
+
+
+def test_a_group_with_a_list_of_the_wrong_length_is_not_judged_and_the_others_are(tmp_path):
+    run_folder = run_with("short", tmp_path)
+    written = [line for line in lines(run_folder / "rollouts.jsonl") if line["phase"] == "rl"]
+    assert {int(line["example_id"][-1]) % 2 for line in written} == {0, 1}
+    for line in written:
+        if int(line["example_id"][-1]) % 2:
+            assert line["reward"] is None
+            assert "returned 7 values for 8 rollouts" in line["unjudged"]["mine"]
+        else:
+            assert 0.1 <= line["reward"] <= 0.7
+            assert not line["unjudged"]
+    for step in (line["values"] for line in lines(run_folder / "metrics.jsonl") if line["phase"] == "rl"):
+        assert step["reward/mine/judged"] == step["reward/mine/unavailable"] == 16
         assert step["skipped_updates"] == 0
