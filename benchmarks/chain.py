@@ -91,9 +91,9 @@ def outcome(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
-def accuracy_table(recipe: Path, folder: Path) -> dict[str, dict[str, float]]:
+def accuracy_table(folder: Path) -> dict[str, dict[str, float]]:
     """Returns the accuracy of each task by the stage that it was measured after, in the order of the chain."""
-    stages = yaml.safe_load(recipe.read_text(encoding="utf-8"))["stages"]
+    stages = yaml.safe_load((folder / "recipe.resolved.yaml").read_text(encoding="utf-8"))["stages"]
     table: dict[str, dict[str, float]] = {}
     for name, stage in stages.items():
         if stage["method"] == "evaluate":
@@ -125,7 +125,7 @@ def main() -> int:
     start = time.perf_counter()
     run(recipe, arguments.output / "whole", resume=False, kill_after_s=None)
     seconds = time.perf_counter() - start
-    table = accuracy_table(recipe, arguments.output / "whole")
+    table = accuracy_table(arguments.output / "whole")
     print_table(table)
     dice = random.Random(arguments.seed)
     kill_at_s = sorted(dice.uniform(0.0, seconds) for _ in range(NUM_KILLS))

@@ -26,8 +26,9 @@ SMALL_DIGIT_PIXELS: Size = (8, 8)
 """As the scans are; a nano of at most 64 image tokens sees 2 x 2 pixels of a digit."""
 LARGE_DIGIT_PIXELS: Size = (250, 250)
 """A nano of at most 64 image tokens sees 64 x 64 pixels, as in the other kinds."""
-TRACK_ZOOM = ZoomToolConfig(use="image_zoom_in", min_tokens=16, max_tokens=64)
-"""The zoom tool of the solutions: it shows a plate as 128 x 128 pixels. A recipe whose policy learned from them opens the tool alike."""
+TRACK_ZOOM = ZoomToolConfig(use="image_zoom_in", min_tokens=64, max_tokens=128)
+"""The zoom tool of the solutions: it shows a plate as 256 x 256 pixels, its digits as large as in the other kinds. A recipe whose policy
+learned from them opens the tool alike."""
 
 _PLATE_SHADE = 64
 _PHRASINGS: Mapping[Language, tuple[str, ...]] = {

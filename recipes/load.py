@@ -35,7 +35,8 @@ _STAGE_CLASSES: dict[str, type[BaseModel]] = {
     "on_policy_distill": OnPolicyDistillRecipe,
     "evaluate": EvaluateRecipe,
 }
-_CHAIN_KEYS = ("method", "output", "trackers", "common", "stages")
+_CHAIN_KEYS = ("method", "output", "trackers", "common", "evaluate_after_each", "stages")
+_MEASURED_METHODS = ("sft", "rl", "off_policy_distill", "on_policy_distill")
 _ROOT = Annotated[Recipe | CurateRecipe, Field(discriminator="method")]
 _SET_BY_CHAIN = ("name", "output", "trackers")
 _MAX_RECIPE_BYTES = 256 * 1024
@@ -84,7 +85,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Returns the checked recipe; `overrides` are `dotted.key=value` with YAML values.
 
     In a chain, `common` is laid under every stage: mappings merge, a stage's own value wins, and a block that a method does not have
-    is not handed to it. Raises `RecipeError`.
+    is not handed to it. `evaluate_after_each` puts a stage `evaluate_<name>` of these settings behind each that trains, except those
+    in its `skip`. Raises `RecipeError`.
     """
     values, origins = _read(path)
     for override in overrides:
@@ -174,7 +176,8 @@ def _apply_override(values: dict[str, Any], origins: dict[str, str], override: s
 
 
 def _expand_chain(values: dict[str, Any], origins: dict[str, str], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Lays `common` under every stage and gives each its name and folder."""
+    """Adds the measurements, lays `common` under every stage and gives each its name and folder."""
+    values, origins = _add_measurements(values, origins, path)
     common, stages = _chain_parts(values, path)
     used: set[str] = set()
     expanded: dict[str, Any] = {}
@@ -201,6 +204,36 @@ def _expand_chain(values: dict[str, Any], origins: dict[str, str], path: Path) -
         raise RecipeError(f"{path}: common.{unused[0]} is read by no stage; remove it{_nearest(unused[0], allowed)}")
     kept = {key: origin for key, origin in origins.items() if not key.startswith("common.")}
     return {**{key: value for key, value in values.items() if key != "common"}, "stages": expanded}, kept
+
+
+def _add_measurements(values: dict[str, Any], origins: dict[str, str], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the chain with what `evaluate_after_each` asks for as stages of their own."""
+    key = "evaluate_after_each"
+    if key not in values:
+        return values, origins
+    settings, stages = values[key], values.get("stages")
+    if not isinstance(settings, dict) or not isinstance(stages, dict):
+        raise RecipeError(f"{path}: `{key}` is a mapping of what an evaluate stage has, and `stages` maps names to stages")
+    body = {name: value for name, value in settings.items() if name != "skip"}
+    skip = settings.get("skip", [])
+    trained = [name for name, stage in stages.items() if isinstance(stage, dict) and stage.get("method") in _MEASURED_METHODS]
+    if not isinstance(skip, list) or any(name not in trained for name in skip):
+        raise RecipeError(f"{path}: {key}.skip = {skip!r}: must be a list of stages that train: {', '.join(map(str, trained))}")
+    for name in ("method", "model"):
+        if name in body:
+            raise RecipeError(f"{path}: {key}.{name} is set by the chain; remove it")
+    expanded, kept = {}, {name: origin for name, origin in origins.items() if not name.startswith(f"{key}.")}
+    for name, stage in stages.items():
+        expanded[name] = stage
+        if name not in trained or name in skip:
+            continue
+        measured = f"evaluate_{name}"
+        if measured in stages:
+            raise RecipeError(f"{path}: stages.{measured} is what {key} would add; remove it, or add {name!r} to {key}.skip")
+        expanded[measured] = {"method": "evaluate", "model": {"stage": name}, **body}
+        kept |= {f"stages.{measured}.{leaf}": origins[f"{key}.{leaf}"] for leaf in _leaves(body)}
+        kept |= {f"stages.{measured}.{leaf}": "chain" for leaf in ("method", "model.stage")}
+    return {**{name: value for name, value in values.items() if name != key}, "stages": expanded}, kept
 
 
 def _chain_parts(values: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

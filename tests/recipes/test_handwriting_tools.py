@@ -94,7 +94,7 @@ def solution(example):
 
 PINNED = {
     "zoom": "1eb66f7428e7df5d",
-    "zoom_calls": "98cacd4d3280fdd4",
+    "zoom_calls": "ce21034bedbc427e",
     "ordered": "f1e9a4bdfbab88b9",
     "counter": "6c321e05bff07920",
     "mixing": "44fbad01c8e0e782",
@@ -171,7 +171,7 @@ def test_a_nano_reads_every_kind(tmp_path, thinking):
             trained = [token for token, is_trained in zip(branches[-1].token_ids, branches[-1].trained, strict=True) if is_trained]
             assert chat.decode(trained).endswith(solution(example))
     assert longest["zoom"] <= 160
-    assert longest["zoom_calls"] <= 420
+    assert longest["zoom_calls"] <= 480
     assert max(longest.values()) == longest["zoom_calls"]
 
 
@@ -228,7 +228,7 @@ def test_a_zoom_on_the_true_box_shows_the_number_and_nothing_else(digits):
         for box in example.metadata["boxes"]:
             (crop,) = tool.run({"bbox_2d": box, "label": "", "img_idx": 0}, images=example.media).images
             plate = example.media[0].image.crop(tuple(box))
-            assert crop.image == plate.resize((128, 128), Image.Resampling.BICUBIC)
+            assert crop.image == plate.resize((256, 256), Image.Resampling.BICUBIC)
             seen += 1
     assert seen > 20
 

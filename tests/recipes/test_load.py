@@ -359,6 +359,59 @@ def test_an_evaluation_is_no_start_for_another_stage(refusal):
     assert refusal(text) == "stages.again.model.stage = 'exam': must be an earlier training stage, one of ['sft']"
 
 
+def measured_after_each(settings):
+    """Returns the chain with two training stages, measured after each of them."""
+    second = "  more: {method: sft, model: {stage: sft}, sft: {num_steps: 1, examples_per_step: 4}, learner: {learning_rate: 1.0e-3}}\n"
+    return CHAIN.replace("stages:", f"evaluate_after_each: {settings}\nstages:") + second
+
+
+def test_a_chain_is_measured_after_each_stage_that_trains(write):
+    loaded = load_recipe(write(measured_after_each("{data: {split: test}, evaluate: {num_examples: 9}}")), ["evaluate_after_each.seed=5"])
+    recipe = loaded.recipe
+    assert isinstance(recipe, ChainRecipe)
+    assert list(recipe.stages) == ["sft", "evaluate_sft", "exam", "more", "evaluate_more"]
+    for name in ("sft", "more"):
+        measured = recipe.stages[f"evaluate_{name}"]
+        assert (measured.method, measured.model.stage, measured.output) == ("evaluate", name, Path(f"out/evaluate_{name}"))  # pyright: ignore
+        assert (measured.data.split, measured.data.tasks, measured.evaluate.num_examples) == ("test", {"add": 1.0}, 9)  # pyright: ignore
+        assert (measured.seed, recipe.stages["exam"].seed) == (5, 3)
+        place = f"stages.evaluate_{name}"
+        origins = [loaded.origins[f"{place}.{key}"] for key in ("data.split", "data.tasks.add", "model.stage", "seed")]
+        assert origins == ["recipe", "common", "chain", "command line"]
+    assert not [key for key in loaded.origins if key.startswith("evaluate_after_each")]
+
+
+def test_a_stage_that_is_skipped_is_not_measured(write):
+    recipe = load_recipe(write(measured_after_each("{skip: [sft]}"))).recipe
+    assert isinstance(recipe, ChainRecipe)
+    assert list(recipe.stages) == ["sft", "exam", "more", "evaluate_more"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("3", "`evaluate_after_each` is a mapping of what an evaluate stage has, and `stages` maps names to stages"),
+        ("{skip: [exam]}", "evaluate_after_each.skip = ['exam']: must be a list of stages that train: sft, more"),
+        ("{skip: sft}", "evaluate_after_each.skip = 'sft': must be a list of stages that train: sft, more"),
+        ("{method: rl}", "evaluate_after_each.method is set by the chain; remove it"),
+        ("{model: {stage: sft}}", "evaluate_after_each.model is set by the chain; remove it"),
+    ],
+)
+def test_wrong_settings_of_the_measurements_are_refused(refusal, settings, words):
+    assert refusal(measured_after_each(settings)) == words
+
+
+def test_a_measurement_does_not_replace_a_stage_of_its_name(refusal):
+    text = measured_after_each("{seed: 1}").replace("  exam:", "  evaluate_sft:")
+    assert refusal(text) == "stages.evaluate_sft is what evaluate_after_each would add; remove it, or add 'sft' to evaluate_after_each.skip"
+
+
+def test_an_unknown_key_of_the_measurements_is_named(refusal):
+    assert "evaluate.num_exampels: unknown key; did you mean 'num_examples'?" in refusal(
+        measured_after_each("{evaluate: {num_exampels: 3}}")
+    )
+
+
 # ---------------------------------------------------------------- any typo in any key
 
 
