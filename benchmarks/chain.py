@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from vlpost.recipes.chain_summary import TABLE_FILE
 from vlpost.recipes.run_log import EVENTS_FILE, installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +74,8 @@ def run_killed(recipe: Path, folder: Path, kill_at_s: Sequence[float]) -> int:
         if run(recipe, folder, resume=_has_begun(folder), kill_after_s=moment - before):
             return num_kills
         num_kills, before = num_kills + 1, moment
+        if (folder / TABLE_FILE).exists():  # killed on its way out, with nothing left to resume
+            return num_kills
     run(recipe, folder, resume=_has_begun(folder), kill_after_s=None)
     return num_kills
 
